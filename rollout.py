@@ -30,6 +30,7 @@ Legend: P prompts, G = n samples per prompt, S tokens of a prompt and its comple
 """
 
 import atexit
+import gc
 import hashlib
 import json
 import math
@@ -509,8 +510,11 @@ def _serve(descriptor: int, trainer_pid: int) -> None:
     connection = socket.socket(fileno=descriptor)
     try:
         arguments = _receive(connection)
-        from vllm import LLM
+        gc.disable()                             # imports make a million objects and no garbage: looking for it, again
+        from vllm import LLM                     # and again, is a third of the start-up time
+        gc.freeze()
         llm = LLM(**arguments)
+        gc.enable()
 
         # A thread writes, so that a trainer busy with scoring does not stop the generation of the other groups.
         outbox: queue.SimpleQueue = queue.SimpleQueue()
