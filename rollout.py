@@ -11,9 +11,9 @@ Method
      last lines are quoted in every error.
   3. Every sample is a request of its own with its own seed s(seed, step, prompt, sample): a lost sample can be drawn
      again and comes out the same. Groups are handed on in the order they finish, so scoring overlaps with generation.
-  4. vLLM returns log q(y_t) of the distribution it sampled from: after temperature, min_p and top_p, renormalised. The
-     trainer applies the same steps to its logits; otherwise ratio = exp(logprobs - old_logprobs) is not 1 on the first
-     step, and the loss corrects a mismatch that does not exist.
+  4. vLLM returns log q(y_t) of the distribution it sampled from: softmax(logits / temperature), then min_p, then top_p,
+     renormalised. These are the log-probs an importance weight needs; those of the raw softmax (vLLM's default) would
+     call every token off-policy whose probability the temperature or the truncation has changed.
   5. Weight sync: all ranks write a new folder (publish_weights), each engine reloads it and drops its prefix cache
      (load_weights), then both sides score a fixed probe: they must agree, and the engine's numbers must have moved if
      the weights did (check_probe). Nobody samples before that.
@@ -510,8 +510,9 @@ def _serve(descriptor: int, trainer_pid: int) -> None:
     connection = socket.socket(fileno=descriptor)
     try:
         arguments = _receive(connection)
-        gc.disable()                             # imports make a million objects and no garbage: looking for it, again
-        from vllm import LLM                     # and again, is a third of the start-up time
+        # Imports make a million objects and no garbage; looking for some again and again is a third of the start-up.
+        gc.disable()
+        from vllm import LLM
         gc.freeze()
         llm = LLM(**arguments)
         gc.enable()
