@@ -513,24 +513,16 @@ DEMO_MODULUS = 10
 
 
 def demo_problem(rng):
-    """(problem, one pass of the trace, answer): a chain of 2 to 5 assignments, each from an earlier variable, modulo 10."""
-    names = "abcdefghij"[:rng.randint(3, 6)]
-    values, given, passed = {}, [], []
-    for i, name in enumerate(names):
-        if i == 0:
-            expression, value = str(rng.randint(0, 9)), None
-            value = int(expression)
-            given.append(f"{name}={expression}")
-            passed.append(f"{name}={expression}")
-        else:
-            operand, operation, number = rng.choice(names[max(0, i - 2):i]), rng.choice("+-"), rng.randint(1, 9)
-            left = values[operand]
-            value = (left + number if operation == "+" else left - number) % DEMO_MODULUS
-            given.append(f"{name}={operand}{operation}{number}")
-            passed.append(f"{name}={operand}{operation}{number}={value}")
-        values[name] = value
-    target = names[-1]
-    return f"Let {', '.join(given)}. Find {target} mod {DEMO_MODULUS}.", ", ".join(passed), target, values[target]
+    """(problem, one pass of the trace, its last variable, answer): a chain of 2 to 5 steps, modulo 10."""
+    names = "abcdef"[:rng.randint(3, 6)]
+    value = rng.randint(0, 9)
+    given, passed = [f"a={value}"], [f"a={value}"]
+    for before, name in zip(names, names[1:], strict=False):
+        operation, number = rng.choice("+-"), rng.randint(1, 9)
+        value = (value + number if operation == "+" else value - number) % DEMO_MODULUS
+        given.append(f"{name}={before}{operation}{number}")
+        passed.append(f"{name}={before}{operation}{number}={value}")
+    return f"Let {', '.join(given)}. Find {names[-1]} mod {DEMO_MODULUS}.", ", ".join(passed), names[-1], value
 
 
 def demo_rows(split):
