@@ -14,11 +14,17 @@ Letters: D documents, T tokens of a pack, P packs of an optimizer step, R ranks.
 """
 
 import bisect
+import decimal
 import hashlib
+import itertools
 import json
+import math
 import random
+import re
 import sys
+import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -603,6 +609,480 @@ def write_demo(output, seed=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# 6. Decontamination: no training problem may be a benchmark's
+# ---------------------------------------------------------------------------------------------------------------------
+# What --benchmark_dir hub stands for: every benchmark of both papers, as owner/name@split.
+HUB_BENCHMARKS = ("HuggingFaceH4/aime_2024@train,yentinglin/aime_2025@train,HuggingFaceH4/MATH-500@test,knoveleng/AMC-23@train,"
+                  "knoveleng/Minerva-Math@train,knoveleng/OlympiadBench@train")
+LATEX_LAYOUT = re.compile(r"\\(?:left|right|bigl|bigr|big|displaystyle|textstyle|quad|qquad|text|mathrm|mbox)(?![a-zA-Z])|\\[,;:! ]|[$~]")
+
+
+def plain_text(problem):
+    """Lower case, one form per character (NFKC), and none of the LaTeX that only moves ink."""
+    text = unicodedata.normalize("NFKC", problem).casefold()
+    return LATEX_LAYOUT.sub(" ", text).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+
+
+def overlap_keys(problem, n):
+    """
+    What two copies of one problem share: every run of n words, and the whole text without its blanks.
+
+    A word is a run of letters or digits, so that $b>9$ and $b > 9$ agree. The whole text keeps its signs: 3+4 is not
+    3-4, and short problems, which have no run of n words, are compared by it alone.
+    """
+    text = plain_text(problem)
+    words = re.findall(r"[^\W_]+", text)
+    whole = "".join(text.split()).rstrip(".?!:")
+    yield from (["=" + whole] if whole else [])
+    yield from (" ".join(words[i:i + n]) for i in range(len(words) - n + 1))
+
+
+def benchmark_index(benchmark_problems, n=13):
+    """{key: number of the first benchmark problem that has it}, for overlap()."""
+    index = {}
+    for number, problem in enumerate(benchmark_problems):
+        for key in overlap_keys(problem, n):
+            index.setdefault(key, number)
+    return index
+
+
+def overlap(problem, index, n=13):
+    """(number of the benchmark problem, the words shared) or None; index and n as in benchmark_index."""
+    return next(((index[key], key) for key in overlap_keys(problem, n) if key in index), None)
+
+
+def contamination(problems, benchmark_problems, n=13):
+    """
+    For each problem (number of a benchmark problem, what they share), or None where there is no overlap.
+
+    Overlap: n words in a row (13, as in arXiv 2005.14165, appendix C), or the same text up to case, blanks and layout.
+    """
+    index = benchmark_index(benchmark_problems, n)
+    return [overlap(problem, index, n) for problem in problems]
+
+
+def question(row, problem_column="problem"):
+    """Text of a row's problem: its column, or the first turn of the user in messages or conversations; None without one."""
+    turns = row.get("messages") or row.get("conversations") if problem_column not in row else None
+    for turn in turns if isinstance(turns, list) else []:
+        if isinstance(turn, dict) and turn.get("role", turn.get("from")) in ("user", "human"):
+            return question({"problem": turn.get("content", turn.get("value"))})
+    text = row.get(problem_column)
+    return text.strip() if isinstance(text, str) and text.strip() else None
+
+
+def load_benchmarks(benchmark_dir):
+    """
+    (names, problems) of all benchmark problems; names look like aime24:7.
+
+    benchmark_dir: a folder of .json, .jsonl and .parquet files with a column problem or question (files whose name holds
+    "train" are no benchmark), a comma-separated list of data sets as owner/name@split, or hub for HUB_BENCHMARKS.
+    Raises DataError when there is none to compare with.
+    """
+    folder = Path(benchmark_dir)
+    sources = [str(file) for file in sorted(folder.glob("*")) if file.suffix in (".json", ".jsonl", ".parquet") and "train" not in file.stem]
+    if not folder.is_dir():
+        sources = (HUB_BENCHMARKS if benchmark_dir == "hub" else benchmark_dir).split(",")
+    names, problems = [], []
+    for source in sources:
+        name, _, split = source.partition("@")
+        for number, row in enumerate(load_rows(name, split or "train")):
+            text = question(row) or question(row, "question")
+            if text is None:
+                raise DataError(f"--benchmark_dir {benchmark_dir}: row {number} of {name} has no text in column problem or question")
+            names.append(f"{Path(name).stem}:{number}")
+            problems.append(text)
+    if not problems:
+        raise DataError(f"--benchmark_dir {benchmark_dir} holds no .json, .jsonl or .parquet file to compare with; empty skips the check")
+    return names, problems
+
+
+def warn_of_contamination(dataset, benchmark_dir, split="train", problem_column="problem", n=13):
+    """
+    Compare a training set with the benchmarks before training on it, and warn loudly. Returns the number of rows that overlap.
+
+    For train_sft.py and train_grpo.py, on one rank, after the data is loaded. Prints one line to standard output where
+    all is well or benchmark_dir is empty (not checked), and a warning with the first rows to standard error otherwise.
+    It warns and does not refuse: a run on a contaminated set is sometimes the experiment. Rows that cannot be read are
+    the loader's business and are passed over.
+    """
+    if not benchmark_dir:
+        print("benchmarks overlap with the training data not checked: --benchmark_dir is empty", flush=True)
+        return 0
+    names, problems = load_benchmarks(benchmark_dir)
+    index = benchmark_index(problems, n)
+    texts = ((number, question(row, problem_column)) for number, (row, reason) in enumerate(iterate_rows(dataset, split)) if reason is None)
+    found = [(number, names[hit[0]], text) for number, text in texts if text and (hit := overlap(text, index, n))]
+    if not found:
+        print(f"benchmarks {len(problems):,} problems of {benchmark_dir}: none overlaps with {dataset}", flush=True)
+        return 0
+    lines = [f"  row {number} is {name}: {text[:90]!r}" for number, name, text in found[:10]]
+    more = [f"  ... and {len(found) - 10:,} more rows"] if len(found) > 10 else []
+    print("\n".join(["!" * 100, f"WARNING: {len(found):,} rows of {dataset} overlap with benchmark problems of {benchmark_dir} "
+                     f"({n} words in a row, or the same text).", "Scores on these benchmarks will measure memory. Rebuild the data "
+                     "with `python data.py build ... --benchmark_dir`.", *lines, *more, "!" * 100]), file=sys.stderr, flush=True)
+    return len(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Building the recipes' data sets
+# ---------------------------------------------------------------------------------------------------------------------
+# Two passes, so that the sources may be larger than memory: the first judges every row and remembers of the rows that
+# pass only a digest of the problem and a row number; the second writes the chosen rows.
+@dataclass
+class Example:
+    """What a source's row says, whatever its columns. traces: complete and correct ones; lengths: their tokens, once counted."""
+
+    problem: str
+    answer: str
+    traces: list
+    key: str  # two rows with the same key are the same problem
+    accuracy: float = 1.0  # share of correct generations
+    solution: str = ""
+    lengths: list = ()
+
+
+@dataclass
+class Part:
+    """One line of a recipe: which rows of which source, and how many."""
+
+    name: str  # becomes the column source
+    dataset: str
+    read: Callable  # (row, args) -> (Example, None) or (None, reason)
+    needs_trace: bool = True
+    accuracy: tuple = (0.0, 1.0)
+    ends: str = "[]"  # of the accuracy range, as in mathematics: (] leaves out the lower end
+    min_tokens: int = 0  # the trace must be longer
+    trace_length: str = "shortest"  # which of several correct traces that means: shortest (the one kept), any, mean
+    sample: float = 0  # rows to draw: a number, a share below 1, 0 for all
+    without: str = ""  # an earlier part: what it has drawn is not drawn again
+    minus: str = ""  # a data set whose problems are taken out
+    level: str = ""  # Open-RS's column
+
+
+def gold_text(value):
+    """
+    A gold answer as the text that is graded, or None where the grader could not read it.
+
+    Numbers from float columns lose their ".0" (27.0 -> 27): a model that writes 27 is right.
+    """
+    if isinstance(value, float) and math.isfinite(value):
+        value = format(decimal.Decimal(repr(value)), "f")
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\.0+\s*", value):
+        value = value.strip().partition(".")[0]
+    import rewards
+
+    return None if value is None or isinstance(value, bool) else rewards.gold_answer(value)
+
+
+def problem_key(row, problem, dedup_key):
+    """What two copies of a problem share: their text with blanks normalised, the exact text, or the source's uuid."""
+    return {"text": " ".join(problem.split()), "exact": problem, "uuid": str(row.get("uuid") or " ".join(problem.split()))}[dedup_key]
+
+
+def make_example(row, problem, answer, traces, args, **facts):
+    """(Example, None), or (None, reason) for what no recipe can use."""
+    if problem is None:
+        return None, "no problem text"
+    try:
+        "".join([problem, *traces]).encode()
+    except UnicodeEncodeError:
+        return None, "not valid Unicode"
+    gold = gold_text(answer)
+    if gold is None:
+        return None, "no gold answer" if answer is None or answer == "" else "gold answer that the grader cannot read"
+    return Example(problem, gold, traces, problem_key(row, problem, args.dedup_key), **facts), None
+
+
+def read_generations(row, args):
+    """
+    A row of OpenR1-Math-220k or openr1_hard: several R1 generations, each with its own marks.
+
+    accuracy = correct generations / generations. The marks are nullable, as whole lists and one by one: an unknown mark
+    counts as not correct, or not complete.
+    """
+    generations = row.get("generations")
+    if not isinstance(generations, list) or not generations:
+        return None, "no generations"
+    unknown = [None] * len(generations)
+    by_rule, by_llama, complete = (row.get(c) or unknown for c in ("correctness_math_verify", "correctness_llama", "is_reasoning_complete"))
+    if not len(by_rule) == len(by_llama) == len(complete) == len(generations):
+        return None, "lists of different lengths"
+    correct = [bool(rule) or (args.correctness == "either" and bool(llama)) for rule, llama in zip(by_rule, by_llama, strict=True)]
+    usable = [isinstance(trace, str) and trace.strip() and right and (whole or args.completeness == "ignore")
+              for trace, right, whole in zip(generations, correct, complete, strict=True)]
+    traces = [trace for trace, good in zip(generations, usable, strict=True) if good]
+    return make_example(row, question(row), row.get("answer"), traces, args, accuracy=sum(correct) / len(correct))
+
+
+def read_light_r1(row, args):
+    """
+    A row of Light-R1-SFTData: a prompt and one R1 answer in `conversations`, no gold.
+
+    The answer is what the trace says after it stopped thinking; only where there is no box, what it said anywhere.
+    """
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns[:2]):
+        return None, "conversations is not a question and an answer"
+    import rewards
+
+    trace = turns[1]["value"]
+    answer = rewards.extract_answer(trace.rpartition("</think>")[2]) or rewards.extract_answer(trace)
+    if answer is None:
+        return None, "no boxed answer in the trace"
+    return make_example(row, turns[0]["value"].strip() or None, answer, [trace], args)
+
+
+def read_problem(row, args):
+    """A row with problem and answer (Open-RS's sets, DeepScaleR); an empty answer is looked up in the solution's last box."""
+    import rewards
+
+    solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
+    answer = row.get("answer")
+    answer = rewards.extract_answer(solution) if answer is None or answer == "" else answer
+    return make_example(row, question(row), answer, [], args, solution=solution)
+
+
+def reject(part, example):
+    """Reason why an example is outside a part, or None. The length is judged once it has been counted."""
+    low, high = part.accuracy
+    above = example.accuracy > low or (part.ends[0] == "[" and example.accuracy == low)
+    below = example.accuracy < high or (part.ends[1] == "]" and example.accuracy == high)
+    if not (above and below):
+        return f"accuracy outside {part.ends[0]}{low}, {high}{part.ends[1]}"
+    if part.needs_trace and not example.traces:
+        return "no correct, complete trace"
+    if part.min_tokens and example.lengths:
+        length = {"shortest": min, "any": max, "mean": lambda lengths: sum(lengths) / len(lengths)}[part.trace_length](example.lengths)
+        if length <= part.min_tokens:
+            return f"trace of at most {part.min_tokens} tokens"
+    return None
+
+
+def recipe_parts(args):
+    """The parts of a recipe, in the order in which the first copy of a problem wins (RECIPES 1 and 5.1)."""
+    if args.recipe == "fast_math_r1_sft":
+        return [
+            Part("openr1_long", args.openr1_math, read_generations, accuracy=(args.a_min_accuracy, 1.0), ends="(]",
+                 min_tokens=args.a_min_tokens, trace_length=args.trace_length, sample=args.a_rows),
+            Part("openr1_moderate", args.openr1_math, read_generations, accuracy=(args.b_min_accuracy, args.b_max_accuracy),
+                 ends=args.b_ends, sample=args.b_rows, without="openr1_long" if args.a_b_overlap == "remainder" else ""),
+            Part("openr1_hard", args.openr1_hard, read_generations),
+            Part("light_r1_stage2", args.light_r1, read_light_r1)]
+    if args.recipe == "fast_math_r1_grpo":
+        return [Part("light_r1_stage2", args.light_r1, read_light_r1, needs_trace=False, sample=args.train_fraction % 1)]
+    if args.recipe == "open_rs1":
+        return [Part("open_s1", args.open_s1, read_problem, needs_trace=False)]
+    if args.open_rs2_from == "published":
+        return [Part("open_rs", args.open_rs, read_problem, needs_trace=False)]
+    # open-deepscaler is DeepScaleR without its easy problems, so what it lacks of DeepScaleR are the easy ones.
+    return [Part("open_s1", args.open_s1, read_problem, needs_trace=False, sample=3000, level="Hard"),
+            Part("open_deepscaler", args.open_deepscaler, read_problem, needs_trace=False, sample=3000, level="Hard"),
+            Part("deepscaler_easy", args.deepscaler, read_problem, needs_trace=False, sample=1000, level="Easy", minus=args.open_deepscaler)]
+
+
+def hub_file(dataset):
+    """Local path of one file of a hub data set, owner/name/file; any other source is returned as it is."""
+    if Path(dataset).exists() or dataset.startswith((".", "/")) or dataset.count("/") < 2:
+        return dataset
+    from huggingface_hub import hf_hub_download
+
+    owner, name, file = dataset.split("/", 2)
+    try:
+        return hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{dataset} is no local file, and cannot be fetched from the hub: {str(error)[:200]}") from error
+
+
+def token_counter(name):
+    """texts -> tokens of each, without special tokens, by the tokenizer of a folder or hub id."""
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--tokenizer {name} cannot be loaded: {str(error)[:200]}") from error
+    return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]] if texts else []
+
+
+def read_examples(dataset, read, args, wanted, count_tokens=None, title=""):
+    """
+    Yield (row number, Example, None) or (row number, None, reason) for every row of a source.
+
+    Examples for which wanted(number, example) holds have their traces counted and sorted, shortest first; 64 rows at a
+    time, because the tokenizer uses all cores on a list of texts.
+    """
+    from tqdm import tqdm
+
+    def measured(waiting):
+        chosen = [example for number, example, _ in waiting if count_tokens and example and wanted(number, example)]
+        lengths = iter(count_tokens([trace for example in chosen for trace in example.traces]) if chosen else [])
+        for example in chosen:
+            pairs = sorted(((next(lengths), trace) for trace in example.traces), key=lambda pair: pair[0])
+            example.lengths, example.traces = [n for n, _ in pairs], [trace for _, trace in pairs]
+        return waiting
+
+    waiting = []
+    for number, (row, reason) in enumerate(tqdm(iterate_rows(hub_file(dataset)), desc=title, unit=" rows", file=sys.stderr)):
+        waiting.append((number, *(read(row, args) if reason is None else (None, reason))))
+        if len(waiting) == 64:
+            yield from measured(waiting)
+            waiting = []
+    yield from measured(waiting)
+
+
+def digest(text):
+    """16 bytes that stand for a text: what pass 1 remembers of a problem."""
+    return hashlib.sha256(text.encode()).digest()[:16]
+
+
+def judge_sources(parts, args, count_tokens, names, index):
+    """
+    Pass 1. ({part: {row number: digest of the problem}}, report, contaminated rows) of what passes every filter.
+
+    report[part] = {"rows", "dropped": {reason: count}}; each row is counted once in every part that reads its source.
+    """
+    candidates = {part.name: {} for part in parts}
+    report = {part.name: {"rows": 0, "dropped": Counter()} for part in parts}
+    contaminated, problems_of = [], {part.minus: set() for part in parts}
+    for dataset in dict.fromkeys(part.dataset for part in parts):
+        readers = [part for part in parts if part.dataset == dataset]
+        wanted = lambda number, example, readers=readers: any(reject(part, example) is None for part in readers)  # noqa: E731
+        for number, example, unreadable in read_examples(dataset, readers[0].read, args, wanted, count_tokens, f"judging {dataset}"):
+            key = example and digest(example.key)
+            if example and dataset in problems_of:
+                problems_of[dataset].add(key)
+            for part in readers:
+                reason, hit = unreadable or reject(part, example), None
+                if reason is None and part.minus and key in problems_of[part.minus]:
+                    reason = f"also in {part.minus}"
+                if reason is None and (hit := overlap(example.problem, index, args.ngram)):
+                    reason = "overlaps with a benchmark"
+                    contaminated.append({"source": part.name, "row": number, "benchmark": names[hit[0]],
+                                         "shared": hit[1][:200], "problem": example.problem[:200]})
+                report[part.name]["rows"] += 1
+                if reason is None:
+                    candidates[part.name][number] = key
+                else:
+                    report[part.name]["dropped"][reason] += 1
+    return candidates, report, contaminated
+
+
+def draw(candidates, sample, seed, name):
+    """
+    Row numbers of a random sample: the rows whose hash of (seed, part, problem) is lowest.
+
+    Unlike drawing by position, the choice does not change when the source is sorted differently or gains other rows.
+    """
+    count = len(candidates) if sample == 0 else round(sample * len(candidates)) if sample < 1 else int(sample)
+    order = sorted(candidates, key=lambda number: (digest(f"{seed}/{name}/" + candidates[number].hex()), number))
+    return set(order[:count])
+
+
+def choose_rows(parts, candidates, report, seed):
+    """{data set: {row number: part}}: draw from each part in turn; the first copy of a problem wins, here and across parts."""
+    chosen, drawn, seen = {part.dataset: {} for part in parts}, {}, set()
+    for part in parts:
+        rows, dropped = candidates[part.name], report[part.name]["dropped"]
+        left = {number: key for number, key in rows.items() if number not in drawn.get(part.without, ())}
+        drawn[part.name] = draw(left, part.sample, seed, part.name)
+        fresh = []
+        for number in sorted(drawn[part.name]):
+            if rows[number] not in seen:
+                seen.add(rows[number])
+                fresh.append(number)
+        chosen[part.dataset].update(dict.fromkeys(fresh, part))
+        dropped.update({f"drawn for {part.without}": len(rows) - len(left), "not drawn": len(left) - len(drawn[part.name]),
+                        "duplicate of an earlier problem": len(drawn[part.name]) - len(fresh)})
+        report[part.name]["kept"] = len(fresh)
+        report[part.name]["dropped"] = {reason: count for reason, count in sorted(dropped.items()) if count}
+    return chosen
+
+
+def chosen_rows(chosen, parts, args, count_tokens, tokens):
+    """Pass 2: yield the output rows, source by source in file order; appends each kept trace's length to `tokens`."""
+    for dataset, rows in chosen.items():
+        read = next(part.read for part in parts if part.dataset == dataset)
+        for number, example, _ in read_examples(dataset, read, args, lambda number, _, rows=rows: number in rows, count_tokens, f"writing {dataset}"):
+            if number in rows and example is None:
+                raise DataError(f"{dataset} has changed between the two passes; build again")
+            if number in rows:
+                part = rows[number]
+                trace = {"generation": example.traces[0]} if part.needs_trace else {}
+                tokens.extend(example.lengths[:1])
+                yield {"problem": example.problem, **trace, "answer": example.answer, "source": part.name,
+                       **({"solution": example.solution} if read is read_problem else {}), **({"level": part.level} if part.level else {})}
+
+
+def write_rows(output, rows):
+    """Write rows of strings as .jsonl or .parquet, under a temporary name first; returns how many."""
+    output, count = Path(output), 0
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.tmp")
+    if output.suffix == ".jsonl":
+        with open(temporary, "w") as file:
+            for count, row in enumerate(rows, 1):  # noqa: B007  (the last count is the answer)
+                file.write(json.dumps(row) + "\n")
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        writer, rows = None, iter(rows)
+        while block := list(itertools.islice(rows, 500)):  # a few hundred traces at a time are in memory
+            table = pyarrow.Table.from_pylist(block, pyarrow.schema([(column, pyarrow.string()) for column in block[0]]))
+            writer = writer or pyarrow.parquet.ParquetWriter(temporary, table.schema)
+            writer.write_table(table)
+            count += len(block)
+        if writer:
+            writer.close()
+    if count:
+        temporary.rename(output)
+    return count
+
+
+def build(args):
+    """
+    Build a recipe's data set: args.output, and args.output + ".report.json" with what became of every source row.
+
+    The same sources and flags give the same bytes. Raises DataError when a source cannot be read or nothing is left.
+    """
+    output = Path(args.output)
+    if output.suffix not in (".jsonl", ".parquet"):
+        raise DataError(f"--output {output}: the name must end in .jsonl or .parquet")
+    parts = recipe_parts(args)
+    options = {name: value for name, value in sorted(vars(args).items()) if name not in ("output", "dry_run")}
+    if args.dry_run:
+        print("\n".join(f"{part.name:18} from {part.dataset}" for part in parts) + f"\nwould write {output}")
+        return
+    names, benchmark_problems = load_benchmarks(args.benchmark_dir) if args.benchmark_dir else ([], [])
+    index = benchmark_index(benchmark_problems, args.ngram)
+    count_tokens = token_counter(args.tokenizer) if any(part.needs_trace for part in parts) else None
+    candidates, report, contaminated = judge_sources(parts, args, count_tokens, names, index)
+    chosen = choose_rows(parts, candidates, report, args.seed)
+    if not any(chosen.values()):
+        raise DataError(f"--recipe {args.recipe}: no row is left; {json.dumps(report)}")
+    tokens = []
+    count = write_rows(output, chosen_rows(chosen, parts, args, count_tokens, tokens))
+    text = json.dumps({"rows": count, "tokens": sum(tokens), "options": options, "sources": report, "benchmark_problems": len(names),
+                       "contaminated": contaminated}, indent=1)
+    temporary = output.with_name(f".{output.name}.report.tmp")
+    temporary.write_text(text + "\n")
+    temporary.rename(f"{output}.report.json")
+    print_report(output, count, tokens, report, contaminated, names)
+
+
+def print_report(output, count, tokens, report, contaminated, names):
+    for name, part in report.items():
+        print(f"{name}: {part['rows']:,} rows read, {part['kept']:,} kept")
+        print("".join(f"    {dropped:>9,}  {reason}\n" for reason, dropped in part["dropped"].items()), end="")
+    print(f"decontamination: {len(contaminated):,} rows overlapped with one of {len(names):,} benchmark problems" if names else
+          "decontamination: skipped, --benchmark_dir is empty")
+    print("".join(f"    {c['source']} row {c['row']} is {c['benchmark']}: {c['problem'][:80]!r}\n" for c in contaminated[:10]), end="")
+    length = f", {sum(tokens):,} tokens, {sum(tokens) / len(tokens):,.0f} per trace" if tokens else ""
+    print(f"{output}: {count:,} rows{length}; the full listing is in {output}.report.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 def show_rows(args):
@@ -650,10 +1130,40 @@ def show_parser():
 def build_parser():
     import argparse
 
-    parser = argparse.ArgumentParser(prog="data.py build", allow_abbrev=False, description="Build a recipe's data set.")
-    parser.add_argument("--recipe", required=True, choices=("demo",), help="which data set")
-    parser.add_argument("--output", required=True, help="file to write (.jsonl or .parquet); for demo a folder")
-    parser.add_argument("--seed", type=int, default=2025)
+    parser = argparse.ArgumentParser(prog="data.py build", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     description="Build a recipe's data set from its sources: hub ids, or local files with the same columns.")
+    add = parser.add_argument
+    add("--recipe", required=True, choices=("fast_math_r1_sft", "fast_math_r1_grpo", "open_rs1", "open_rs2", "demo"), help="which data set")
+    add("--output", required=True, help="file to write, .jsonl or .parquet; for demo a folder")
+    add("--seed", type=int, default=2025, help="of every random draw")
+    add("--dry_run", action="store_true", help="print what would be read and written")
+    # Sources
+    add("--openr1_math", default="open-r1/OpenR1-Math-220k:default", help="parts a and b; :all instead of :default for all 225k rows")
+    add("--openr1_hard", default="hoanganhpham/openr1_hard", help="part c: unsolved by R1-Distill-Qwen-32B in four tries")
+    add("--light_r1", default="qihoo360/Light-R1-SFTData/stage2-3k.json", help="part d, and all of the GRPO set")
+    add("--open_s1", default="knoveleng/open-s1", help="Open-RS1's set")
+    add("--open_rs", default="knoveleng/open-rs", help="Open-RS2's and RS3's set, as published")
+    add("--open_deepscaler", default="knoveleng/open-deepscaler", help="for --open_rs2_from parts")
+    add("--deepscaler", default="agentica-org/DeepScaleR-Preview-Dataset", help="for --open_rs2_from parts")
+    # What the papers leave open (RECIPES 1); the defaults are what fits the published numbers best
+    add("--correctness", default="either", choices=("either", "math_verify"), help="a generation is correct by math-verify or by the Llama judge")
+    add("--completeness", default="require", choices=("require", "ignore"), help="whether a trace must be marked as complete to be kept")
+    add("--a_min_accuracy", type=float, default=0.5, help="part a: accuracy above this")
+    add("--a_min_tokens", type=int, default=12800, help="part a: trace longer than this")
+    add("--a_rows", type=int, default=3000, help="part a: rows drawn, 0 for all")
+    add("--trace_length", default="shortest", choices=("shortest", "any", "mean"), help="part a: which of the correct traces must be that long")
+    add("--b_min_accuracy", type=float, default=0.5, help="part b: lower end of the accuracy range")
+    add("--b_max_accuracy", type=float, default=0.75, help="part b: upper end of the accuracy range")
+    add("--b_ends", default="[]", choices=("[]", "(]", "[)", "()"), help="part b: whether the ends belong to the range")
+    add("--b_rows", type=int, default=3000, help="part b: rows drawn, 0 for all")
+    add("--a_b_overlap", default="remainder", choices=("remainder", "independent"), help="draw b from what a has left, or from all of its own rows")
+    add("--tokenizer", default="deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", help="counts the tokens of a trace, without special ones")
+    add("--dedup_key", default="text", choices=("text", "exact", "uuid"), help="same problem: blanks normalised, exact text, or the source's uuid")
+    add("--train_fraction", type=float, default=1.0, help="fast_math_r1_grpo: random share of the rows; the original run used 0.5")
+    add("--open_rs2_from", default="published", choices=("published", "parts"), help="open_rs2: the set as published, or drawn anew from its parts")
+    # Decontamination
+    add("--benchmark_dir", default="", help="folder of benchmarks, or data sets as owner/name@split, or hub; rows that overlap are removed; empty: skipped")
+    add("--ngram", type=int, default=13, help="words in a row that make an overlap")
     return parser
 
 
@@ -661,7 +1171,10 @@ def main():
     try:
         if sys.argv[1:2] == ["build"]:
             args = build_parser().parse_args(sys.argv[2:])
-            write_demo(args.output, args.seed)
+            if args.recipe == "demo":
+                write_demo(args.output, args.seed)
+            else:
+                build(args)
         else:
             show_rows(show_parser().parse_args())
     except (DataError, OSError) as error:
