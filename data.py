@@ -680,7 +680,8 @@ def load_benchmarks(benchmark_dir):
     Raises DataError when there is none to compare with.
     """
     folder = Path(benchmark_dir)
-    sources = [str(file) for file in sorted(folder.glob("*")) if file.suffix in (".json", ".jsonl", ".parquet") and "train" not in file.stem]
+    sources = [str(file) for file in sorted(folder.glob("*"))
+               if file.suffix in (".json", ".jsonl", ".parquet") and "train" not in file.stem]
     if not folder.is_dir():
         sources = (HUB_BENCHMARKS if benchmark_dir == "hub" else benchmark_dir).split(",")
     names, problems = [], []
@@ -689,17 +690,17 @@ def load_benchmarks(benchmark_dir):
         for number, row in enumerate(load_rows(name, split or "train")):
             text = question(row) or question(row, "question")
             if text is None:
-                raise DataError(f"--benchmark_dir {benchmark_dir}: row {number} of {name} has no text in column problem or question")
+                raise DataError(f"--benchmark_dir {benchmark_dir}: row {number} of {name} has no column problem or question")
             names.append(f"{Path(name).stem}:{number}")
             problems.append(text)
     if not problems:
-        raise DataError(f"--benchmark_dir {benchmark_dir} holds no .json, .jsonl or .parquet file to compare with; empty skips the check")
+        raise DataError(f"--benchmark_dir {benchmark_dir} holds no .json, .jsonl or .parquet file; empty skips the check")
     return names, problems
 
 
 def warn_of_contamination(dataset, benchmark_dir, split="train", problem_column="problem", n=13):
     """
-    Compare a training set with the benchmarks before training on it, and warn loudly. Returns the number of rows that overlap.
+    Compare a training set with the benchmarks before training on it; warn loudly. Returns the number of rows that overlap.
 
     For train_sft.py and train_grpo.py, on one rank, after the data is loaded. Prints one line to standard output where
     all is well or benchmark_dir is empty (not checked), and a warning with the first rows to standard error otherwise.
@@ -711,16 +712,19 @@ def warn_of_contamination(dataset, benchmark_dir, split="train", problem_column=
         return 0
     names, problems = load_benchmarks(benchmark_dir)
     index = benchmark_index(problems, n)
-    texts = ((number, question(row, problem_column)) for number, (row, reason) in enumerate(iterate_rows(dataset, split)) if reason is None)
-    found = [(number, names[hit[0]], text) for number, text in texts if text and (hit := overlap(text, index, n))]
+    found = []
+    for number, (row, _) in enumerate(iterate_rows(dataset, split)):
+        text = question(row, problem_column) if row else None
+        if text and (hit := overlap(text, index, n)):
+            found.append(f"  row {number} is {names[hit[0]]}: {text[:90]!r}")
     if not found:
         print(f"benchmarks {len(problems):,} problems of {benchmark_dir}: none overlaps with {dataset}", flush=True)
         return 0
-    lines = [f"  row {number} is {name}: {text[:90]!r}" for number, name, text in found[:10]]
-    more = [f"  ... and {len(found) - 10:,} more rows"] if len(found) > 10 else []
-    print("\n".join(["!" * 100, f"WARNING: {len(found):,} rows of {dataset} overlap with benchmark problems of {benchmark_dir} "
-                     f"({n} words in a row, or the same text).", "Scores on these benchmarks will measure memory. Rebuild the data "
-                     "with `python data.py build ... --benchmark_dir`.", *lines, *more, "!" * 100]), file=sys.stderr, flush=True)
+    more = [f"  ... and {len(found) - 10:,} more"] if len(found) > 10 else []
+    warning = [f"WARNING: {len(found):,} rows of {dataset} overlap with benchmark problems of {benchmark_dir} "
+               f"({n} words in a row, or the same text).", "Scores on these benchmarks will measure memory. "
+               "Rebuild the data with `python data.py build ... --benchmark_dir`."]
+    print("\n".join(["!" * 100, *warning, *found[:10], *more, "!" * 100]), file=sys.stderr, flush=True)
     return len(found)
 
 
@@ -777,7 +781,8 @@ def gold_text(value):
 
 def problem_key(row, problem, dedup_key):
     """What two copies of a problem share: their text with blanks normalised, the exact text, or the source's uuid."""
-    return {"text": " ".join(problem.split()), "exact": problem, "uuid": str(row.get("uuid") or " ".join(problem.split()))}[dedup_key]
+    text = " ".join(problem.split())
+    return {"text": text, "exact": problem, "uuid": str(row.get("uuid") or text)}[dedup_key]
 
 
 def make_example(row, problem, answer, traces, args, **facts):
@@ -790,7 +795,7 @@ def make_example(row, problem, answer, traces, args, **facts):
         return None, "not valid Unicode"
     gold = gold_text(answer)
     if gold is None:
-        return None, "no gold answer" if answer is None or answer == "" else "gold answer that the grader cannot read"
+        return None, "no gold answer" if answer in (None, "") else "gold answer that the grader cannot read"
     return Example(problem, gold, traces, problem_key(row, problem, args.dedup_key), **facts), None
 
 
@@ -804,11 +809,12 @@ def read_generations(row, args):
     generations = row.get("generations")
     if not isinstance(generations, list) or not generations:
         return None, "no generations"
-    unknown = [None] * len(generations)
-    by_rule, by_llama, complete = (row.get(c) or unknown for c in ("correctness_math_verify", "correctness_llama", "is_reasoning_complete"))
+    columns = ("correctness_math_verify", "correctness_llama", "is_reasoning_complete")
+    by_rule, by_llama, complete = (row.get(column) or [None] * len(generations) for column in columns)
     if not len(by_rule) == len(by_llama) == len(complete) == len(generations):
         return None, "lists of different lengths"
-    correct = [bool(rule) or (args.correctness == "either" and bool(llama)) for rule, llama in zip(by_rule, by_llama, strict=True)]
+    correct = [bool(rule) or (args.correctness == "either" and bool(llama))
+               for rule, llama in zip(by_rule, by_llama, strict=True)]
     usable = [isinstance(trace, str) and trace.strip() and right and (whole or args.completeness == "ignore")
               for trace, right, whole in zip(generations, correct, complete, strict=True)]
     traces = [trace for trace, good in zip(generations, usable, strict=True) if good]
@@ -822,15 +828,16 @@ def read_light_r1(row, args):
     The answer is what the trace says after it stopped thinking; only where there is no box, what it said anywhere.
     """
     turns = row.get("conversations")
-    if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns[:2]):
+    texts = [turn.get("value") for turn in turns if isinstance(turn, dict)][:2] if isinstance(turns, list) else []
+    if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
         return None, "conversations is not a question and an answer"
     import rewards
 
-    trace = turns[1]["value"]
+    problem, trace = texts[0].strip(), texts[1]
     answer = rewards.extract_answer(trace.rpartition("</think>")[2]) or rewards.extract_answer(trace)
     if answer is None:
         return None, "no boxed answer in the trace"
-    return make_example(row, turns[0]["value"].strip() or None, answer, [trace], args)
+    return make_example(row, problem or None, answer, [trace], args)
 
 
 def read_problem(row, args):
@@ -853,8 +860,8 @@ def reject(part, example):
     if part.needs_trace and not example.traces:
         return "no correct, complete trace"
     if part.min_tokens and example.lengths:
-        length = {"shortest": min, "any": max, "mean": lambda lengths: sum(lengths) / len(lengths)}[part.trace_length](example.lengths)
-        if length <= part.min_tokens:
+        shortest, longest, mean = min(example.lengths), max(example.lengths), sum(example.lengths) / len(example.lengths)
+        if {"shortest": shortest, "any": longest, "mean": mean}[part.trace_length] <= part.min_tokens:
             return f"trace of at most {part.min_tokens} tokens"
     return None
 
@@ -866,19 +873,23 @@ def recipe_parts(args):
             Part("openr1_long", args.openr1_math, read_generations, accuracy=(args.a_min_accuracy, 1.0), ends="(]",
                  min_tokens=args.a_min_tokens, trace_length=args.trace_length, sample=args.a_rows),
             Part("openr1_moderate", args.openr1_math, read_generations, accuracy=(args.b_min_accuracy, args.b_max_accuracy),
-                 ends=args.b_ends, sample=args.b_rows, without="openr1_long" if args.a_b_overlap == "remainder" else ""),
+                 ends={"closed": "[]", "open": "()"}[args.b_ends], sample=args.b_rows,
+                 without="openr1_long" if args.a_b_overlap == "remainder" else ""),
             Part("openr1_hard", args.openr1_hard, read_generations),
             Part("light_r1_stage2", args.light_r1, read_light_r1)]
     if args.recipe == "fast_math_r1_grpo":
-        return [Part("light_r1_stage2", args.light_r1, read_light_r1, needs_trace=False, sample=args.train_fraction % 1)]
+        share = args.train_fraction if args.train_fraction < 1 else 0
+        return [Part("light_r1_stage2", args.light_r1, read_light_r1, needs_trace=False, sample=share)]
     if args.recipe == "open_rs1":
         return [Part("open_s1", args.open_s1, read_problem, needs_trace=False)]
     if args.open_rs2_from == "published":
         return [Part("open_rs", args.open_rs, read_problem, needs_trace=False)]
     # open-deepscaler is DeepScaleR without its easy problems, so what it lacks of DeepScaleR are the easy ones.
-    return [Part("open_s1", args.open_s1, read_problem, needs_trace=False, sample=3000, level="Hard"),
-            Part("open_deepscaler", args.open_deepscaler, read_problem, needs_trace=False, sample=3000, level="Hard"),
-            Part("deepscaler_easy", args.deepscaler, read_problem, needs_trace=False, sample=1000, level="Easy", minus=args.open_deepscaler)]
+    return [
+        Part("open_s1", args.open_s1, read_problem, needs_trace=False, sample=3000, level="Hard"),
+        Part("open_deepscaler", args.open_deepscaler, read_problem, needs_trace=False, sample=3000, level="Hard"),
+        Part("deepscaler_easy", args.deepscaler, read_problem, needs_trace=False, sample=1000, level="Easy",
+             minus=args.open_deepscaler)]
 
 
 def hub_file(dataset):
@@ -902,7 +913,7 @@ def token_counter(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise DataError(f"--tokenizer {name} cannot be loaded: {str(error)[:200]}") from error
-    return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]] if texts else []
+    return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def read_examples(dataset, read, args, wanted, count_tokens=None, title=""):
@@ -916,14 +927,16 @@ def read_examples(dataset, read, args, wanted, count_tokens=None, title=""):
 
     def measured(waiting):
         chosen = [example for number, example, _ in waiting if count_tokens and example and wanted(number, example)]
-        lengths = iter(count_tokens([trace for example in chosen for trace in example.traces]) if chosen else [])
+        traces = [trace for example in chosen for trace in example.traces]
+        lengths = iter(count_tokens(traces) if traces else [])
         for example in chosen:
             pairs = sorted(((next(lengths), trace) for trace in example.traces), key=lambda pair: pair[0])
             example.lengths, example.traces = [n for n, _ in pairs], [trace for _, trace in pairs]
         return waiting
 
     waiting = []
-    for number, (row, reason) in enumerate(tqdm(iterate_rows(hub_file(dataset)), desc=title, unit=" rows", file=sys.stderr)):
+    rows = tqdm(iterate_rows(hub_file(dataset)), desc=title, unit=" rows", file=sys.stderr)
+    for number, (row, reason) in enumerate(rows):
         waiting.append((number, *(read(row, args) if reason is None else (None, reason))))
         if len(waiting) == 64:
             yield from measured(waiting)
@@ -947,8 +960,12 @@ def judge_sources(parts, args, count_tokens, names, index):
     contaminated, problems_of = [], {part.minus: set() for part in parts}
     for dataset in dict.fromkeys(part.dataset for part in parts):
         readers = [part for part in parts if part.dataset == dataset]
-        wanted = lambda number, example, readers=readers: any(reject(part, example) is None for part in readers)  # noqa: E731
-        for number, example, unreadable in read_examples(dataset, readers[0].read, args, wanted, count_tokens, f"judging {dataset}"):
+
+        def wanted(number, example, readers=readers):
+            return any(reject(part, example) is None for part in readers)
+
+        examples = read_examples(dataset, readers[0].read, args, wanted, count_tokens, f"judging {dataset}")
+        for number, example, unreadable in examples:
             key = example and digest(example.key)
             if example and dataset in problems_of:
                 problems_of[dataset].add(key)
@@ -980,7 +997,7 @@ def draw(candidates, sample, seed, name):
 
 
 def choose_rows(parts, candidates, report, seed):
-    """{data set: {row number: part}}: draw from each part in turn; the first copy of a problem wins, here and across parts."""
+    """{data set: {row number: part}}: draw from each part in turn; the first copy of a problem wins, also across parts."""
     chosen, drawn, seen = {part.dataset: {} for part in parts}, {}, set()
     for part in parts:
         rows, dropped = candidates[part.name], report[part.name]["dropped"]
@@ -992,8 +1009,9 @@ def choose_rows(parts, candidates, report, seed):
                 seen.add(rows[number])
                 fresh.append(number)
         chosen[part.dataset].update(dict.fromkeys(fresh, part))
-        dropped.update({f"drawn for {part.without}": len(rows) - len(left), "not drawn": len(left) - len(drawn[part.name]),
-                        "duplicate of an earlier problem": len(drawn[part.name]) - len(fresh)})
+        dropped[f"drawn for {part.without}"] = len(rows) - len(left)
+        dropped["not drawn"] = len(left) - len(drawn[part.name])
+        dropped["duplicate of an earlier problem"] = len(drawn[part.name]) - len(fresh)
         report[part.name]["kept"] = len(fresh)
         report[part.name]["dropped"] = {reason: count for reason, count in sorted(dropped.items()) if count}
     return chosen
@@ -1003,15 +1021,25 @@ def chosen_rows(chosen, parts, args, count_tokens, tokens):
     """Pass 2: yield the output rows, source by source in file order; appends each kept trace's length to `tokens`."""
     for dataset, rows in chosen.items():
         read = next(part.read for part in parts if part.dataset == dataset)
-        for number, example, _ in read_examples(dataset, read, args, lambda number, _, rows=rows: number in rows, count_tokens, f"writing {dataset}"):
-            if number in rows and example is None:
+
+        def wanted(number, example, rows=rows):
+            return number in rows
+
+        for number, example, _ in read_examples(dataset, read, args, wanted, count_tokens, f"writing {dataset}"):
+            if number not in rows:
+                continue
+            if example is None:
                 raise DataError(f"{dataset} has changed between the two passes; build again")
-            if number in rows:
-                part = rows[number]
-                trace = {"generation": example.traces[0]} if part.needs_trace else {}
-                tokens.extend(example.lengths[:1])
-                yield {"problem": example.problem, **trace, "answer": example.answer, "source": part.name,
-                       **({"solution": example.solution} if read is read_problem else {}), **({"level": part.level} if part.level else {})}
+            part = rows[number]
+            row = {"problem": example.problem, "answer": example.answer, "source": part.name}
+            if part.needs_trace:
+                row["generation"] = example.traces[0]
+                tokens.append(example.lengths[0])
+            if read is read_problem:
+                row["solution"] = example.solution
+            if part.level:
+                row["level"] = part.level
+            yield row
 
 
 def write_rows(output, rows):
@@ -1028,10 +1056,10 @@ def write_rows(output, rows):
         import pyarrow.parquet
 
         writer, rows = None, iter(rows)
-        while block := list(itertools.islice(rows, 500)):  # a few hundred traces at a time are in memory
-            table = pyarrow.Table.from_pylist(block, pyarrow.schema([(column, pyarrow.string()) for column in block[0]]))
-            writer = writer or pyarrow.parquet.ParquetWriter(temporary, table.schema)
-            writer.write_table(table)
+        while block := list(itertools.islice(rows, 500)):  # so many traces at a time are in memory
+            schema = pyarrow.schema([(column, pyarrow.string()) for column in block[0]])
+            writer = writer or pyarrow.parquet.ParquetWriter(temporary, schema)
+            writer.write_table(pyarrow.Table.from_pylist(block, schema))
             count += len(block)
         if writer:
             writer.close()
@@ -1063,23 +1091,26 @@ def build(args):
         raise DataError(f"--recipe {args.recipe}: no row is left; {json.dumps(report)}")
     tokens = []
     count = write_rows(output, chosen_rows(chosen, parts, args, count_tokens, tokens))
-    text = json.dumps({"rows": count, "tokens": sum(tokens), "options": options, "sources": report, "benchmark_problems": len(names),
-                       "contaminated": contaminated}, indent=1)
+    report = {"rows": count, "tokens": sum(tokens), "options": options, "sources": report,
+              "benchmark_problems": len(names), "contaminated": contaminated}
     temporary = output.with_name(f".{output.name}.report.tmp")
-    temporary.write_text(text + "\n")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
     temporary.rename(f"{output}.report.json")
-    print_report(output, count, tokens, report, contaminated, names)
+    print_report(output, report)
 
 
-def print_report(output, count, tokens, report, contaminated, names):
-    for name, part in report.items():
+def print_report(output, report):
+    for name, part in report["sources"].items():
         print(f"{name}: {part['rows']:,} rows read, {part['kept']:,} kept")
-        print("".join(f"    {dropped:>9,}  {reason}\n" for reason, dropped in part["dropped"].items()), end="")
-    print(f"decontamination: {len(contaminated):,} rows overlapped with one of {len(names):,} benchmark problems" if names else
-          "decontamination: skipped, --benchmark_dir is empty")
-    print("".join(f"    {c['source']} row {c['row']} is {c['benchmark']}: {c['problem'][:80]!r}\n" for c in contaminated[:10]), end="")
-    length = f", {sum(tokens):,} tokens, {sum(tokens) / len(tokens):,.0f} per trace" if tokens else ""
-    print(f"{output}: {count:,} rows{length}; the full listing is in {output}.report.json")
+        for reason, dropped in part["dropped"].items():
+            print(f"    {dropped:>9,}  {reason}")
+    found, compared = report["contaminated"], report["benchmark_problems"]
+    print(f"decontamination: {len(found):,} rows removed, {compared:,} benchmark problems compared" if compared else
+          "decontamination: SKIPPED, --benchmark_dir is empty")
+    for row in found[:10]:
+        print(f"    {row['source']} row {row['row']} is {row['benchmark']}: {row['problem'][:80]!r}")
+    mean = f", {report['tokens']:,} trace tokens, {report['tokens'] / report['rows']:,.0f} per row" if report["tokens"] else ""
+    print(f"{output}: {report['rows']:,} rows{mean}; every removed row is listed in {output}.report.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1130,40 +1161,50 @@ def show_parser():
 def build_parser():
     import argparse
 
-    parser = argparse.ArgumentParser(prog="data.py build", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     description="Build a recipe's data set from its sources: hub ids, or local files with the same columns.")
+    parser = argparse.ArgumentParser(
+        prog="data.py build", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Build a recipe's data set from its sources: hub ids, or local files with the same columns.")
+    recipes = ("fast_math_r1_sft", "fast_math_r1_grpo", "open_rs1", "open_rs2", "demo")
     add = parser.add_argument
-    add("--recipe", required=True, choices=("fast_math_r1_sft", "fast_math_r1_grpo", "open_rs1", "open_rs2", "demo"), help="which data set")
+    add("--recipe", required=True, choices=recipes, help="which data set")
     add("--output", required=True, help="file to write, .jsonl or .parquet; for demo a folder")
     add("--seed", type=int, default=2025, help="of every random draw")
     add("--dry_run", action="store_true", help="print what would be read and written")
-    # Sources
-    add("--openr1_math", default="open-r1/OpenR1-Math-220k:default", help="parts a and b; :all instead of :default for all 225k rows")
-    add("--openr1_hard", default="hoanganhpham/openr1_hard", help="part c: unsolved by R1-Distill-Qwen-32B in four tries")
-    add("--light_r1", default="qihoo360/Light-R1-SFTData/stage2-3k.json", help="part d, and all of the GRPO set")
-    add("--open_s1", default="knoveleng/open-s1", help="Open-RS1's set")
-    add("--open_rs", default="knoveleng/open-rs", help="Open-RS2's and RS3's set, as published")
-    add("--open_deepscaler", default="knoveleng/open-deepscaler", help="for --open_rs2_from parts")
-    add("--deepscaler", default="agentica-org/DeepScaleR-Preview-Dataset", help="for --open_rs2_from parts")
-    # What the papers leave open (RECIPES 1); the defaults are what fits the published numbers best
-    add("--correctness", default="either", choices=("either", "math_verify"), help="a generation is correct by math-verify or by the Llama judge")
-    add("--completeness", default="require", choices=("require", "ignore"), help="whether a trace must be marked as complete to be kept")
-    add("--a_min_accuracy", type=float, default=0.5, help="part a: accuracy above this")
-    add("--a_min_tokens", type=int, default=12800, help="part a: trace longer than this")
-    add("--a_rows", type=int, default=3000, help="part a: rows drawn, 0 for all")
-    add("--trace_length", default="shortest", choices=("shortest", "any", "mean"), help="part a: which of the correct traces must be that long")
-    add("--b_min_accuracy", type=float, default=0.5, help="part b: lower end of the accuracy range")
-    add("--b_max_accuracy", type=float, default=0.75, help="part b: upper end of the accuracy range")
-    add("--b_ends", default="[]", choices=("[]", "(]", "[)", "()"), help="part b: whether the ends belong to the range")
-    add("--b_rows", type=int, default=3000, help="part b: rows drawn, 0 for all")
-    add("--a_b_overlap", default="remainder", choices=("remainder", "independent"), help="draw b from what a has left, or from all of its own rows")
-    add("--tokenizer", default="deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", help="counts the tokens of a trace, without special ones")
-    add("--dedup_key", default="text", choices=("text", "exact", "uuid"), help="same problem: blanks normalised, exact text, or the source's uuid")
-    add("--train_fraction", type=float, default=1.0, help="fast_math_r1_grpo: random share of the rows; the original run used 0.5")
-    add("--open_rs2_from", default="published", choices=("published", "parts"), help="open_rs2: the set as published, or drawn anew from its parts")
-    # Decontamination
-    add("--benchmark_dir", default="", help="folder of benchmarks, or data sets as owner/name@split, or hub; rows that overlap are removed; empty: skipped")
-    add("--ngram", type=int, default=13, help="words in a row that make an overlap")
+
+    sources = parser.add_argument_group("sources").add_argument
+    sources("--openr1_math", default="open-r1/OpenR1-Math-220k:default", help="parts a, b; :all has 225k rows, :default 94k")
+    sources("--openr1_hard", default="hoanganhpham/openr1_hard", help="part c: unsolved by R1-Distill-Qwen-32B in four tries")
+    sources("--light_r1", default="qihoo360/Light-R1-SFTData/stage2-3k.json", help="part d, and the whole GRPO set")
+    sources("--open_s1", default="knoveleng/open-s1", help="set of Open-RS1")
+    sources("--open_rs", default="knoveleng/open-rs", help="set of Open-RS2 and RS3, as published")
+    sources("--open_deepscaler", default="knoveleng/open-deepscaler", help="for --open_rs2_from parts")
+    sources("--deepscaler", default="agentica-org/DeepScaleR-Preview-Dataset", help="for --open_rs2_from parts")
+
+    # What the papers leave open (RECIPES 1).
+    choice = parser.add_argument_group("what the papers leave open").add_argument
+    choice("--correctness", default="either", choices=("either", "math_verify"),
+           help="a generation is correct by math-verify or by the Llama judge, or by math-verify alone")
+    choice("--completeness", default="require", choices=("require", "ignore"), help="keep only traces marked as complete")
+    choice("--a_min_accuracy", type=float, default=0.5, help="part a: accuracy above this")
+    choice("--a_min_tokens", type=int, default=12800, help="part a: trace longer than this")
+    choice("--a_rows", type=int, default=3000, help="part a: rows drawn, 0 for all")
+    choice("--trace_length", default="shortest", choices=("shortest", "any", "mean"),
+           help="part a: which of the correct traces must be that long; the shortest is the one kept")
+    choice("--b_min_accuracy", type=float, default=0.5, help="part b: lower end of the accuracy range")
+    choice("--b_max_accuracy", type=float, default=0.75, help="part b: upper end of the accuracy range")
+    choice("--b_ends", default="closed", choices=("closed", "open"), help="part b: whether both ends belong to the range")
+    choice("--b_rows", type=int, default=3000, help="part b: rows drawn, 0 for all")
+    choice("--a_b_overlap", default="remainder", choices=("remainder", "independent"),
+           help="draw b from what a has left over, or from all rows and let deduplication decide")
+    choice("--tokenizer", default="deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", help="counts a trace's tokens, without specials")
+    choice("--dedup_key", default="text", choices=("text", "exact", "uuid"),
+           help="two rows are one problem by text up to blanks, by exact text, or by the source's uuid")
+    choice("--train_fraction", type=float, default=1.0, help="GRPO set: random share of the rows; the original run used 0.5")
+    choice("--open_rs2_from", default="published", choices=("published", "parts"), help="as published, or drawn anew")
+
+    check = parser.add_argument_group("decontamination").add_argument
+    check("--benchmark_dir", default="", help="folder of benchmarks, or owner/name@split,..., or hub; empty: no check")
+    check("--ngram", type=int, default=13, help="words in a row that make an overlap")
     return parser
 
 
