@@ -690,17 +690,17 @@ def load_benchmarks(benchmark_dir):
         for number, row in enumerate(load_rows(name, split or "train")):
             text = question(row) or question(row, "question")
             if text is None:
-                raise DataError(f"--benchmark_dir {benchmark_dir}: row {number} of {name} has no column problem or question")
+                raise DataError(f"--benchmark_dir: row {number} of {name} has no text in column problem or question")
             names.append(f"{Path(name).stem}:{number}")
             problems.append(text)
     if not problems:
-        raise DataError(f"--benchmark_dir {benchmark_dir} holds no .json, .jsonl or .parquet file; empty skips the check")
+        raise DataError(f"--benchmark_dir {benchmark_dir} holds no .json, .jsonl or .parquet file")
     return names, problems
 
 
 def warn_of_contamination(dataset, benchmark_dir, split="train", problem_column="problem", n=13):
     """
-    Compare a training set with the benchmarks before training on it; warn loudly. Returns the number of rows that overlap.
+    Compare a training set with the benchmarks before training on it; warn loudly. Returns how many rows overlap.
 
     For train_sft.py and train_grpo.py, on one rank, after the data is loaded. Prints one line to standard output where
     all is well or benchmark_dir is empty (not checked), and a warning with the first rows to standard error otherwise.
@@ -735,7 +735,7 @@ def warn_of_contamination(dataset, benchmark_dir, split="train", problem_column=
 # pass only a digest of the problem and a row number; the second writes the chosen rows.
 @dataclass
 class Example:
-    """What a source's row says, whatever its columns. traces: complete and correct ones; lengths: their tokens, once counted."""
+    """What a row says, whatever its columns. traces: complete and correct ones; lengths: their tokens, once counted."""
 
     problem: str
     answer: str
@@ -841,7 +841,7 @@ def read_light_r1(row, args):
 
 
 def read_problem(row, args):
-    """A row with problem and answer (Open-RS's sets, DeepScaleR); an empty answer is looked up in the solution's last box."""
+    """A row with problem and answer (Open-RS's sets, DeepScaleR); an empty answer is read from the solution's box."""
     import rewards
 
     solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
@@ -860,8 +860,9 @@ def reject(part, example):
     if part.needs_trace and not example.traces:
         return "no correct, complete trace"
     if part.min_tokens and example.lengths:
-        shortest, longest, mean = min(example.lengths), max(example.lengths), sum(example.lengths) / len(example.lengths)
-        if {"shortest": shortest, "any": longest, "mean": mean}[part.trace_length] <= part.min_tokens:
+        lengths = example.lengths
+        length = {"shortest": min(lengths), "any": max(lengths), "mean": sum(lengths) / len(lengths)}[part.trace_length]
+        if length <= part.min_tokens:
             return f"trace of at most {part.min_tokens} tokens"
     return None
 
@@ -872,8 +873,8 @@ def recipe_parts(args):
         return [
             Part("openr1_long", args.openr1_math, read_generations, accuracy=(args.a_min_accuracy, 1.0), ends="(]",
                  min_tokens=args.a_min_tokens, trace_length=args.trace_length, sample=args.a_rows),
-            Part("openr1_moderate", args.openr1_math, read_generations, accuracy=(args.b_min_accuracy, args.b_max_accuracy),
-                 ends={"closed": "[]", "open": "()"}[args.b_ends], sample=args.b_rows,
+            Part("openr1_moderate", args.openr1_math, read_generations,
+                 accuracy=(args.b_min_accuracy, args.b_max_accuracy), ends={"closed": "[]", "open": "()"}[args.b_ends], sample=args.b_rows,
                  without="openr1_long" if args.a_b_overlap == "remainder" else ""),
             Part("openr1_hard", args.openr1_hard, read_generations),
             Part("light_r1_stage2", args.light_r1, read_light_r1)]
@@ -902,7 +903,7 @@ def hub_file(dataset):
     try:
         return hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
     except (OSError, ValueError) as error:
-        raise DataError(f"{dataset} is no local file, and cannot be fetched from the hub: {str(error)[:200]}") from error
+        raise DataError(f"{dataset} is no local file and not to be had from the hub: {str(error)[:200]}") from error
 
 
 def token_counter(name):
@@ -997,7 +998,7 @@ def draw(candidates, sample, seed, name):
 
 
 def choose_rows(parts, candidates, report, seed):
-    """{data set: {row number: part}}: draw from each part in turn; the first copy of a problem wins, also across parts."""
+    """{data set: {row number: part}}: draw from each part in turn; the first copy of a problem wins, across parts too."""
     chosen, drawn, seen = {part.dataset: {} for part in parts}, {}, set()
     for part in parts:
         rows, dropped = candidates[part.name], report[part.name]["dropped"]
@@ -1109,7 +1110,8 @@ def print_report(output, report):
           "decontamination: SKIPPED, --benchmark_dir is empty")
     for row in found[:10]:
         print(f"    {row['source']} row {row['row']} is {row['benchmark']}: {row['problem'][:80]!r}")
-    mean = f", {report['tokens']:,} trace tokens, {report['tokens'] / report['rows']:,.0f} per row" if report["tokens"] else ""
+    tokens = report["tokens"]
+    mean = f", {tokens:,} trace tokens, {tokens / report['rows']:,.0f} per row" if tokens else ""
     print(f"{output}: {report['rows']:,} rows{mean}; every removed row is listed in {output}.report.json")
 
 
@@ -1172,8 +1174,8 @@ def build_parser():
     add("--dry_run", action="store_true", help="print what would be read and written")
 
     sources = parser.add_argument_group("sources").add_argument
-    sources("--openr1_math", default="open-r1/OpenR1-Math-220k:default", help="parts a, b; :all has 225k rows, :default 94k")
-    sources("--openr1_hard", default="hoanganhpham/openr1_hard", help="part c: unsolved by R1-Distill-Qwen-32B in four tries")
+    sources("--openr1_math", default="open-r1/OpenR1-Math-220k:default", help="parts a, b; :all: 225k rows")
+    sources("--openr1_hard", default="hoanganhpham/openr1_hard", help="part c: problems that a 32B model never solved")
     sources("--light_r1", default="qihoo360/Light-R1-SFTData/stage2-3k.json", help="part d, and the whole GRPO set")
     sources("--open_s1", default="knoveleng/open-s1", help="set of Open-RS1")
     sources("--open_rs", default="knoveleng/open-rs", help="set of Open-RS2 and RS3, as published")
@@ -1184,7 +1186,7 @@ def build_parser():
     choice = parser.add_argument_group("what the papers leave open").add_argument
     choice("--correctness", default="either", choices=("either", "math_verify"),
            help="a generation is correct by math-verify or by the Llama judge, or by math-verify alone")
-    choice("--completeness", default="require", choices=("require", "ignore"), help="keep only traces marked as complete")
+    choice("--completeness", default="require", choices=("require", "ignore"), help="keep only complete traces")
     choice("--a_min_accuracy", type=float, default=0.5, help="part a: accuracy above this")
     choice("--a_min_tokens", type=int, default=12800, help="part a: trace longer than this")
     choice("--a_rows", type=int, default=3000, help="part a: rows drawn, 0 for all")
@@ -1192,14 +1194,14 @@ def build_parser():
            help="part a: which of the correct traces must be that long; the shortest is the one kept")
     choice("--b_min_accuracy", type=float, default=0.5, help="part b: lower end of the accuracy range")
     choice("--b_max_accuracy", type=float, default=0.75, help="part b: upper end of the accuracy range")
-    choice("--b_ends", default="closed", choices=("closed", "open"), help="part b: whether both ends belong to the range")
+    choice("--b_ends", default="closed", choices=("closed", "open"), help="part b: are the ends in the range")
     choice("--b_rows", type=int, default=3000, help="part b: rows drawn, 0 for all")
     choice("--a_b_overlap", default="remainder", choices=("remainder", "independent"),
            help="draw b from what a has left over, or from all rows and let deduplication decide")
-    choice("--tokenizer", default="deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", help="counts a trace's tokens, without specials")
+    choice("--tokenizer", default="deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", help="counts a trace's tokens")
     choice("--dedup_key", default="text", choices=("text", "exact", "uuid"),
            help="two rows are one problem by text up to blanks, by exact text, or by the source's uuid")
-    choice("--train_fraction", type=float, default=1.0, help="GRPO set: random share of the rows; the original run used 0.5")
+    choice("--train_fraction", type=float, default=1.0, help="GRPO set: random share; the original run used 0.5")
     choice("--open_rs2_from", default="published", choices=("published", "parts"), help="as published, or drawn anew")
 
     check = parser.add_argument_group("decontamination").add_argument
