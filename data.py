@@ -524,10 +524,11 @@ def demo_problem(rng):
     value = rng.randint(0, 9)
     given, passed = [f"a={value}"], [f"a={value}"]
     for before, name in zip(names, names[1:], strict=False):
-        operation, number = rng.choice("+-"), rng.randint(1, 9)
-        value = (value + number if operation == "+" else value - number) % DEMO_MODULUS
+        operation, number, left = rng.choice("+-"), rng.randint(1, 9), value
+        value = (left + number if operation == "+" else left - number) % DEMO_MODULUS
         given.append(f"{name}={before}{operation}{number}")
-        passed.append(f"{name}={before}{operation}{number}={value}")
+        # restated, filled in, computed: three steps that a tiny model learns one by one (copy, look up, add)
+        passed.append(f"{name}={before}{operation}{number}={left}{operation}{number}={value}")
     return f"Let {', '.join(given)}. Find {names[-1]} mod {DEMO_MODULUS}.", ", ".join(passed), names[-1], value
 
 
@@ -874,7 +875,8 @@ def recipe_parts(args):
             Part("openr1_long", args.openr1_math, read_generations, accuracy=(args.a_min_accuracy, 1.0), ends="(]",
                  min_tokens=args.a_min_tokens, trace_length=args.trace_length, sample=args.a_rows),
             Part("openr1_moderate", args.openr1_math, read_generations,
-                 accuracy=(args.b_min_accuracy, args.b_max_accuracy), ends={"closed": "[]", "open": "()"}[args.b_ends], sample=args.b_rows,
+                 accuracy=(args.b_min_accuracy, args.b_max_accuracy),
+                 ends={"closed": "[]", "open": "()"}[args.b_ends], sample=args.b_rows,
                  without="openr1_long" if args.a_b_overlap == "remainder" else ""),
             Part("openr1_hard", args.openr1_hard, read_generations),
             Part("light_r1_stage2", args.light_r1, read_light_r1)]
@@ -998,7 +1000,7 @@ def draw(candidates, sample, seed, name):
 
 
 def choose_rows(parts, candidates, report, seed):
-    """{data set: {row number: part}}: draw from each part in turn; the first copy of a problem wins, across parts too."""
+    """{data set: {row number: part}}: draw from each part in turn; of a problem's copies the first wins, in any part."""
     chosen, drawn, seen = {part.dataset: {} for part in parts}, {}, set()
     for part in parts:
         rows, dropped = candidates[part.name], report[part.name]["dropped"]
