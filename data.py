@@ -771,8 +771,8 @@ def gold_text(value):
 
     Numbers from float columns lose their ".0" (27.0 -> 27): a model that writes 27 is right.
     """
-    if isinstance(value, float) and math.isfinite(value):
-        value = format(decimal.Decimal(repr(value)), "f")
+    if isinstance(value, float):
+        value = format(decimal.Decimal(repr(value)), "f") if math.isfinite(value) else None
     if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\.0+\s*", value):
         value = value.strip().partition(".")[0]
     import rewards
@@ -1000,7 +1000,7 @@ def draw(candidates, sample, seed, name):
 
 
 def choose_rows(parts, candidates, report, seed):
-    """{data set: {row number: part}}: draw from each part in turn; of a problem's copies the first wins, in any part."""
+    """{data set: {row number: part}}: draw from each part in turn; of a problem's copies the first wins."""
     chosen, drawn, seen = {part.dataset: {} for part in parts}, {}, set()
     for part in parts:
         rows, dropped = candidates[part.name], report[part.name]["dropped"]
@@ -1022,6 +1022,8 @@ def choose_rows(parts, candidates, report, seed):
 
 def chosen_rows(chosen, parts, args, count_tokens, tokens):
     """Pass 2: yield the output rows, source by source in file order; appends each kept trace's length to `tokens`."""
+    columns = {"problem", "answer", "source"} | ({"generation"} if parts[0].needs_trace else set())
+    columns |= ({"solution"} if parts[0].read is read_problem else set()) | ({"level"} if parts[0].level else set())
     for dataset, rows in chosen.items():
         read = next(part.read for part in parts if part.dataset == dataset)
 
@@ -1034,15 +1036,11 @@ def chosen_rows(chosen, parts, args, count_tokens, tokens):
             if example is None:
                 raise DataError(f"{dataset} has changed between the two passes; build again")
             part = rows[number]
-            row = {"problem": example.problem, "answer": example.answer, "source": part.name}
+            row = {"problem": example.problem, "generation": example.traces[0] if part.needs_trace else "",
+                   "answer": example.answer, "source": part.name, "solution": example.solution, "level": part.level}
             if part.needs_trace:
-                row["generation"] = example.traces[0]
                 tokens.append(example.lengths[0])
-            if read is read_problem:
-                row["solution"] = example.solution
-            if part.level:
-                row["level"] = part.level
-            yield row
+            yield {column: text for column, text in row.items() if column in columns}
 
 
 def write_rows(output, rows):
@@ -1114,7 +1112,7 @@ def print_report(output, report):
         print(f"    {row['source']} row {row['row']} is {row['benchmark']}: {row['problem'][:80]!r}")
     tokens = report["tokens"]
     mean = f", {tokens:,} trace tokens, {tokens / report['rows']:,.0f} per row" if tokens else ""
-    print(f"{output}: {report['rows']:,} rows{mean}; every removed row is listed in {output}.report.json")
+    print(f"{output}: {report['rows']:,} rows{mean}; all removed overlaps stand in {output}.report.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
