@@ -15,6 +15,7 @@ Letters: T tokens of a pack, D documents of a pack, V vocabulary, h hidden size,
 """
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -73,6 +75,8 @@ def setup_distributed(timeout_minutes=30.0, shard_size=0):
     if shard_size and world_size % shard_size:
         raise ValueError(f"--shard_size {shard_size} does not divide the {world_size} ranks; choose a divisor, or 0 for all")
     timeout = timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ:  # a kill -9 of torchrun must not leave ranks training: they get SIGTERM, save and exit
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
@@ -940,9 +944,15 @@ def run_main(main, config_class):
     An unknown flag or a malformed value ends in argparse's line and status 2. Where all ranks fail alike, the first of
     them speaks for all.
     """
+    import difflib
+
     from transformers.hf_argparser import HfArgumentParser
 
-    (cfg,) = HfArgumentParser(config_class, allow_abbrev=False).parse_args_into_dataclasses()
+    parser = HfArgumentParser(config_class, allow_abbrev=False)
+    cfg, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f" (did you mean {close[0]}?)" if close else ""))
     try:
         main(cfg)
     except (ValueError, OSError, RankFailure, FloatingPointError, Stopped) as error:
