@@ -270,7 +270,8 @@ def test_real_tokenizer_counts(demo, tokenizer):
 WALK = ("Every morning Aya goes for a $9$-kilometer-long walk and stops at a coffee shop afterwards. When she walks at a constant "
         "speed of $s$ kilometers per hour, the walk takes her 4 hours.")
 SHORT_SUM = "Compute $3+4$."
-BENCHMARK = [WALK, SHORT_SUM, "Find $\\dfrac{1}{2} + x$ if  $x = 5$"]
+ENDING = "can be written as $\\frac{m}{n}$, where $m$ and $n$ are relatively prime positive integers. Find $m+n$."
+BENCHMARK = [WALK, SHORT_SUM, "Find $\\dfrac{1}{2} + x$ if  $x = 5$", "A frog jumps on lily pads; its chance to drown " + ENDING]
 
 
 @pytest.mark.parametrize("problem, benchmark", [
@@ -285,6 +286,8 @@ BENCHMARK = [WALK, SHORT_SUM, "Find $\\dfrac{1}{2} + x$ if  $x = 5$"]
     ("Every morning Aya goes for a 9 kilometer long walk and stops", None),  # 12 words
     ("Every morning Aya goes for a 9 kilometer long walk and stops at", 0),  # 13 words
     ("Every morning Bob goes for a 9 kilometer long walk and stops at a shop", None),
+    ("The radius of the smaller circle " + ENDING, None),  # the stock ending of a contest is no copy
+    ("The frog's chance to drown " + ENDING, 3),
     ("", None), ("...", None),
 ])
 def test_planted_overlaps_are_found_and_near_misses_left(problem, benchmark):
