@@ -1,0 +1,256 @@
+"""The algorithm of train_grpo.py as mathematics: advantages, denominators, the loss and its gradient, batching."""
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+
+import data
+import model as policy_lib
+import rollout
+import train_grpo
+from train_grpo import group_advantages, grpo_loss, loss_weights
+
+torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def double_precision():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------ advantages
+def test_advantages_against_a_plain_loop():
+    rng = random.Random(0)
+    rewards = [[rng.choice([0, 0.5, 1, 2.5]) for _ in range(4)] for _ in range(6)]
+    everything = [r for group in rewards for r in group]
+    mean = sum(everything) / 24
+    batch_std = math.sqrt(sum((r - mean) ** 2 for r in everything) / 23)
+    for scale in ("group", "batch", "none"):
+        ours = group_advantages(torch.tensor(rewards), scale)
+        for p, group in enumerate(rewards):
+            center = sum(group) / 4
+            std = math.sqrt(sum((r - center) ** 2 for r in group) / 3)  # unbiased
+            divisor = {"group": std + 1e-4, "batch": batch_std + 1e-4, "none": 1.0}[scale]
+            assert ours[p].tolist() == pytest.approx([(r - center) / divisor for r in group], rel=1e-12, abs=1e-12)
+
+
+def test_equal_rewards_teach_nothing_and_groups_do_not_see_each_other():
+    rewards = torch.tensor([[0.1, 0.1, 0.1], [0.3, 0.7, 0.2]])  # the mean of three 0.1 is not 0.1 in floating point
+    for scale in ("group", "batch", "none"):
+        assert group_advantages(rewards, scale)[0].tolist() == [0, 0, 0]
+    changed = rewards.clone()
+    changed[0] = torch.tensor([5.0, -3, 1])
+    assert torch.equal(group_advantages(rewards)[1], group_advantages(changed)[1])
+    assert torch.equal(rewards[1], torch.tensor([0.3, 0.7, 0.2]))
+
+
+def test_an_answer_without_reward_has_no_advantage_and_no_voice():
+    ours = group_advantages(torch.tensor([[1.0, 3.0, math.nan], [math.nan] * 3]))
+    assert torch.equal(ours[0, :2], group_advantages(torch.tensor([[1.0, 3.0]]))[0])
+    assert ours[0, 2] == 0 and ours[1].tolist() == [0, 0, 0]
+
+
+# ------------------------------------------------------------------------------------------------ mask and denominator
+def test_loss_types_are_masks_and_denominators():
+    lengths, counted = [4, 2, 0, 10], [True, True, True, False]
+    assert loss_weights("grpo", lengths, counted, 16) == ([0.25, 0.5, 0.0, 0.0], 2.0)
+    assert loss_weights("dapo", lengths, counted, 16) == ([1.0, 1.0, 0.0, 0.0], 6.0)
+    assert loss_weights("dr_grpo", lengths, counted, 16) == ([1.0, 1.0, 0.0, 0.0], 32.0)
+    for loss_type in ("grpo", "dapo", "dr_grpo"):
+        assert loss_weights(loss_type, [3, 5], [False, False], 16)[0] == [0, 0]  # and no division by zero
+        assert loss_weights(loss_type, [3, 5], [False, False], 16)[1] == 1
+
+
+# ------------------------------------------------------------------------------------------------ the loss
+def random_case(seed, sequences=3, tokens=24):
+    g = torch.Generator().manual_seed(seed)
+    sequence_ids = torch.sort(torch.randint(sequences, (tokens,), generator=g)).values
+    case = {name: -2 * torch.rand(tokens, generator=g) for name in ("logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs")}
+    case["advantages"] = torch.randn(sequences, generator=g)[sequence_ids]
+    case["mask"] = (torch.rand(tokens, generator=g) < 0.7).double() * torch.tensor([1.0, 0.25, 0.5])[sequence_ids]
+    return {**case, "sequence_ids": sequence_ids, "denominator": 7.0}
+
+
+def loop_loss(case, logprobs, epsilon, epsilon_high, beta, level, cap):
+    """The same loss with a Python loop over tokens, from the papers' equations; logprobs: list of floats."""
+    total, inside = 0.0, [m > 0 for m in case["mask"].tolist()]
+    old, ref, rollout_lp, advantages, mask, ids = (case[n].tolist() for n in (
+        "old_logprobs", "ref_logprobs", "rollout_logprobs", "advantages", "mask", "sequence_ids"))
+    for t, lp in enumerate(logprobs):
+        if not inside[t]:
+            continue
+        if level == "sequence":
+            members = [u for u in range(len(logprobs)) if ids[u] == ids[t] and inside[u]]
+            ratio = math.exp(sum(logprobs[u] - old[u] for u in members) / len(members))
+        else:
+            ratio = math.exp(lp - old[t])
+        surrogate = min(ratio * advantages[t], min(max(ratio, 1 - epsilon), 1 + epsilon_high) * advantages[t])
+        if cap:
+            surrogate *= min(math.exp(old[t] - rollout_lp[t]), cap)
+        kl = math.exp(ref[t] - lp) - (ref[t] - lp) - 1
+        total += mask[t] * (-surrogate + beta * kl)
+    return total / case["denominator"]
+
+
+@pytest.mark.parametrize(("level", "cap", "beta", "epsilon_high"), list(itertools.product(
+    ("token", "sequence"), (None, 2.0, 0.5), (0.0, 0.3), (0.2, 0.6))))
+def test_value_and_gradient_against_a_plain_loop(level, cap, beta, epsilon_high):
+    for seed in range(4):
+        case = random_case(seed)
+        before = {k: v.clone() for k, v in case.items() if torch.is_tensor(v)}
+        arguments = {**case, "ref_logprobs": case["ref_logprobs"] if beta else None}
+        arguments["logprobs"] = case["logprobs"].clone().requires_grad_()
+        loss, metrics = grpo_loss(**arguments, epsilon=0.2, epsilon_high=epsilon_high, beta=beta, importance_sampling_level=level,
+                                  rollout_is_cap=cap)
+        options = (0.2, epsilon_high, beta, level, cap)
+        base = case["logprobs"].tolist()
+        assert loss.item() == pytest.approx(loop_loss(case, base, *options), rel=1e-12)
+        (gradient,) = torch.autograd.grad(loss, arguments["logprobs"])
+        for t in range(len(base)):
+            up, down = (base[:t] + [base[t] + h] + base[t + 1:] for h in (1e-6, -1e-6))
+            numeric = (loop_loss(case, up, *options) - loop_loss(case, down, *options)) / 2e-6
+            assert gradient[t].item() == pytest.approx(numeric, rel=1e-5, abs=1e-8)
+        assert all(torch.equal(case[k], v) for k, v in before.items())  # inputs unmodified
+        assert metrics["tokens"] == (case["mask"] > 0).sum()
+
+
+def test_first_on_policy_step_is_reinforce():
+    case = random_case(1)
+    logprobs = case["logprobs"].clone().requires_grad_()
+    loss, metrics = grpo_loss(logprobs, logprobs.detach(), None, case["advantages"], case["mask"], 7.0)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert torch.allclose(gradient, -case["advantages"] * case["mask"] / 7.0, rtol=1e-12, atol=0)
+    assert metrics["clip_low"] == metrics["clip_high"] == 0 and metrics["ratio"] == metrics["tokens"]
+
+
+@pytest.mark.parametrize(("advantage", "log_ratio", "moves"), [(1, 0.5, False), (1, -0.5, True), (-1, 0.5, True), (-1, -0.5, False)])
+def test_the_clip_stops_one_side_only(advantage, log_ratio, moves):
+    logprobs = torch.tensor([-1.0 + log_ratio], requires_grad=True)
+    loss, metrics = grpo_loss(logprobs, torch.tensor([-1.0]), None, torch.tensor([float(advantage)]), torch.ones(1), 1.0)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert (gradient.item() != 0) == moves
+    assert (metrics["clip_low"], metrics["clip_high"]) == (float(not moves and advantage < 0), float(not moves and advantage > 0))
+
+
+def test_k3_is_the_kl_and_its_gradient_that_of_the_reverse_kl():
+    """Exact enumeration over 7 tokens: E_pi[k3] = KL(pi || ref); as a loss on on-policy samples its gradient is that of KL(ref || pi)."""
+    torch.manual_seed(3)
+    logits, reference = torch.randn(7, requires_grad=True), torch.randn(7).log_softmax(-1)
+    logprobs = logits.log_softmax(-1)
+    pi = logprobs.exp()
+    loss, metrics = grpo_loss(logprobs, logprobs.detach(), reference, torch.zeros(7), pi.detach(), 1.0, beta=1.0)
+    assert loss.item() == pytest.approx((pi * (logprobs - reference)).sum().item(), rel=1e-12)
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (reverse,) = torch.autograd.grad((reference.exp() * (reference - logits.log_softmax(-1))).sum(), logits)
+    assert torch.allclose(gradient, reverse, rtol=1e-10, atol=1e-12)
+
+
+def test_the_importance_weight_is_capped_and_carries_no_gradient():
+    logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
+    rollout_logprobs = torch.tensor([-3.0, -0.5])  # pi_old / q = e^2, e^-0.5
+    loss, _ = grpo_loss(logprobs, logprobs.detach(), None, torch.ones(2), torch.ones(2), 1.0, rollout_logprobs=rollout_logprobs, rollout_is_cap=2.0)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert gradient.tolist() == pytest.approx([-2.0, -math.exp(-0.5)])
+
+
+# ------------------------------------------------------------------------------------------------ batching
+def make_groups(seed, prompts=3, answers=4, lengths=None):
+    rng, groups = np.random.default_rng(seed), []
+    for p in range(prompts):
+        completions = []
+        for s in range(answers):
+            n = int(rng.integers(1, 30)) if lengths is None else lengths[p * answers + s]
+            completions.append(rollout.Completion(p, s, rng.integers(2, 300, n).tolist(), (-rng.random(n)).tolist(), "stop", 0))
+        problem = train_grpo.Problem(p, "", "", rng.integers(2, 300, int(rng.integers(3, 12))).tolist())
+        groups.append({"problem": problem, "completions": completions})
+    return groups
+
+
+def step_gradient(model, rows, plan, denominator):
+    """Gradient of one optimizer step over a plan of micro-batches per rank, played on one process."""
+    model.zero_grad()
+    loss = 0.0
+    for members in itertools.chain(*plan):
+        batch = train_grpo.collate_rows(rows, members, "cpu")
+        logprobs, _ = model(**{n: batch[n] for n in train_grpo.MODEL_INPUTS})
+        part, _ = grpo_loss(logprobs, logprobs.detach() - 0.1, logprobs.detach() + 0.2, batch["advantages"], batch["mask"], denominator,
+                            beta=0.1, rollout_logprobs=batch["rollout_logprobs"], rollout_is_cap=2.0, sequence_ids=batch["sequence_ids"])
+        part.backward()
+        loss += part.item()
+    return loss, torch.cat([p.grad.full_tensor().flatten() for _, p in policy_lib.named_weights(model)])
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_the_step_does_not_depend_on_batching_ranks_or_order(loss_type, tmp_path):
+    torch.set_default_dtype(torch.float32)
+    ctx = policy_lib.setup_distributed()
+    try:
+        tiny_model(tmp_path)
+        config = policy_lib.load_config(tmp_path)
+        model = policy_lib.load_policy(tmp_path, ctx)
+        groups = make_groups(0)
+        lengths = [len(c.token_ids) for g in groups for c in g["completions"]]
+        weights, denominator = loss_weights(loss_type, lengths, [True] * 12, 64)
+        advantages = torch.linspace(-1, 1, 12)
+        rows = train_grpo.token_rows(groups, advantages, weights)
+        shuffled = random.Random(0).sample(rows, len(rows))
+        found = [step_gradient(model, r, train_grpo.micro_batches(r, config, ranks, limit), denominator)
+                 for r, ranks, limit in ((rows, 1, 1000), (rows, 1, 45), (rows, 2, 90), (rows, 5, 45), (shuffled, 3, 60))]
+        found.append(step_gradient(model, rows, [[[i] for i in range(12)]], denominator))
+        for loss, gradient in found[1:]:
+            assert abs(loss / found[0][0] - 1) < 1e-5
+            assert (gradient - found[0][1]).abs().max() / found[0][1].abs().max() < 1e-5
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_rows_align_every_number_with_the_token_it_belongs_to():
+    (group,) = make_groups(5, prompts=1, answers=2, lengths=[3, 0])
+    rows = train_grpo.token_rows([group], torch.tensor([2.0, -1.0]), [0.5, 0.0])
+    prompt, completion = group["problem"].prompt_ids, group["completions"][0]
+    batch = train_grpo.collate_rows(rows, [0, 1], "cpu")
+    first = len(prompt) - 1  # the prompt's last token predicts the answer's first
+    inside = slice(first, first + 3)
+    assert batch["targets"][inside].tolist() == completion.token_ids
+    assert batch["mask"].nonzero().flatten().tolist() == list(range(first, first + 3))  # the stop token (the last) included
+    assert batch["rollout_logprobs"][inside].tolist() == pytest.approx(completion.logprobs)
+    assert set(batch["advantages"][:len(prompt) + 3].tolist()) == {2.0} and set(batch["sequence_ids"][:len(prompt) + 3].tolist()) == {0}
+
+
+@pytest.mark.parametrize("lengths", [[1] * 8, [200] + [1] * 7, [0] * 8, [256] * 8, [0, 256, 1, 1, 1, 1, 1, 1]])
+def test_ranks_always_run_the_same_number_of_micro_batches(lengths):
+    rows = train_grpo.token_rows(make_groups(1, prompts=2, lengths=lengths), torch.zeros(8), [1.0] * 8)
+    for ranks in (1, 2, 3, 16):
+        plan = train_grpo.micro_batches(rows, tiny_config(), ranks, 300)
+        assert len(plan) == ranks and len({len(packs) for packs in plan}) == 1
+        assert sorted(i for packs in plan for members in packs for i in members) == list(range(8))
+        assert max(sum(len(rows[i]["ids"]) for i in members) for packs in plan for members in packs) <= 300
+
+
+def test_prompts_are_neither_repeated_nor_skipped():
+    whole = train_grpo.prompts_at(10, 0, 40, seed=1)
+    for epoch in range(4):
+        assert sorted(whole[10 * epoch:10 * epoch + 10]) == list(range(10))
+    pieces, cursor = [], 0
+    for count in (3, 8, 1, 0, 16, 12):
+        pieces += train_grpo.prompts_at(10, cursor, count, seed=1)
+        cursor += count
+    assert pieces == whole and whole[:10] != whole[10:20] != train_grpo.prompts_at(10, 10, 10, seed=2)
+
+
+def test_balance_of_the_update_over_eight_ranks():
+    rng = np.random.default_rng(0)
+    rows = [{"ids": np.zeros(int(n))} for n in rng.lognormal(8.9, 0.5, 128).clip(300, 16384)]
+    config = tiny_config(hidden_size=64)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size = 5120, 13824, 48, 152064
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 40, 8, 128
+    costs = [policy_lib.flops_per_pack(config, [len(r["ids"])]) for r in rows]
+    loads = [sum(costs[i] for i in hand) for hand in data.balance(costs, 8)]
+    assert max(loads) / (sum(loads) / 8) <= 1.01
