@@ -30,6 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
+import rewards as reward_lib
+
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the file, the reason and the remedy."""
@@ -524,7 +526,7 @@ def demo_problem(rng):
     value = rng.randint(0, 9)
     given, passed = [f"a={value}"], [f"a={value}"]
     for before, name in zip(names, names[1:], strict=False):
-        operation, number, left = rng.choice("+-"), rng.randint(1, 9), value
+        operation, number, left = rng.choice("+-"), rng.randint(1, 4), value
         value = (left + number if operation == "+" else left - number) % DEMO_MODULUS
         given.append(f"{name}={before}{operation}{number}")
         # restated, filled in, computed: three steps that a tiny model learns one by one (copy, look up, add)
@@ -612,9 +614,16 @@ def write_demo(output, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. Decontamination: no training problem may be a benchmark's
 # ---------------------------------------------------------------------------------------------------------------------
-# What --benchmark_dir hub stands for: every benchmark of both papers, as owner/name@split.
-HUB_BENCHMARKS = ("HuggingFaceH4/aime_2024@train,yentinglin/aime_2025@train,HuggingFaceH4/MATH-500@test,knoveleng/AMC-23@train,"
-                  "knoveleng/Minerva-Math@train,knoveleng/OlympiadBench@train")
+# name: hub id (and config), split (RECIPES 5.7). AMC23 means 40 problems here; the 83 of "AMC22+23" are another set.
+BENCHMARKS = {
+    "aime24": ("HuggingFaceH4/aime_2024", "train"),
+    "aime25": ("yentinglin/aime_2025", "train"),
+    "math500": ("HuggingFaceH4/MATH-500", "test"),
+    "amc23": ("knoveleng/AMC-23", "train"),
+    "minerva": ("knoveleng/Minerva-Math", "train"),
+    "olympiadbench": ("knoveleng/OlympiadBench", "train"),
+    "gsm8k": ("openai/gsm8k:main", "test"),
+}
 LATEX_LAYOUT = re.compile(r"\\(?:left|right|bigl|bigr|big|displaystyle|textstyle|quad|qquad|text|mathrm|mbox)(?![a-zA-Z])|\\[,;:! ]|[$~]")
 
 # The stock ending of contest problems, "... m/n, where m and n are relatively prime positive integers. Find m+n.", is
@@ -688,25 +697,21 @@ def load_benchmarks(benchmark_dir):
     (names, problems) of all benchmark problems; names look like aime24:7.
 
     benchmark_dir: a folder of .json, .jsonl and .parquet files with a column problem or question (files whose name holds
-    "train" are no benchmark), a comma-separated list of data sets as owner/name@split, or hub for HUB_BENCHMARKS.
-    Raises DataError when there is none to compare with.
+    "train" are no benchmark), or hub for all of BENCHMARKS. Raises DataError when there is nothing to compare with.
     """
-    folder = Path(benchmark_dir)
-    sources = [str(file) for file in sorted(folder.glob("*"))
-               if file.suffix in (".json", ".jsonl", ".parquet") and "train" not in file.stem]
-    if not folder.is_dir():
-        sources = (HUB_BENCHMARKS if benchmark_dir == "hub" else benchmark_dir).split(",")
+    files = [file for file in sorted(Path(benchmark_dir).glob("*"))
+             if file.suffix in (".json", ".jsonl", ".parquet") and "train" not in file.stem]
+    sources = BENCHMARKS if benchmark_dir == "hub" else {file.stem: (str(file), "test") for file in files}
+    if not sources:
+        raise DataError(f"--benchmark_dir {benchmark_dir} is no folder with .json, .jsonl or .parquet files, nor hub")
     names, problems = [], []
-    for source in sources:
-        name, _, split = source.partition("@")
-        for number, row in enumerate(load_rows(name, split or "train")):
+    for name, (dataset, split) in sources.items():
+        for number, row in enumerate(load_rows(dataset, split)):
             text = question(row) or question(row, "question")
             if text is None:
-                raise DataError(f"--benchmark_dir: row {number} of {name} has no text in column problem or question")
-            names.append(f"{Path(name).stem}:{number}")
+                raise DataError(f"--benchmark_dir: row {number} of {dataset} has no text in column problem or question")
+            names.append(f"{name}:{number}")
             problems.append(text)
-    if not problems:
-        raise DataError(f"--benchmark_dir {benchmark_dir} holds no .json, .jsonl or .parquet file")
     return names, problems
 
 
@@ -786,9 +791,7 @@ def gold_text(value):
         value = format(decimal.Decimal(repr(value)), "f") if math.isfinite(value) else None
     if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\.0+\s*", value):
         value = value.strip().partition(".")[0]
-    import rewards
-
-    return None if value is None or isinstance(value, bool) else rewards.gold_answer(value)
+    return None if value is None or isinstance(value, bool) else reward_lib.gold_answer(value)
 
 
 def problem_key(row, problem, dedup_key):
@@ -843,10 +846,8 @@ def read_light_r1(row, args):
     texts = [turn.get("value") for turn in turns if isinstance(turn, dict)][:2] if isinstance(turns, list) else []
     if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
         return None, "conversations is not a question and an answer"
-    import rewards
-
     problem, trace = texts[0].strip(), texts[1]
-    answer = rewards.extract_answer(trace.rpartition("</think>")[2]) or rewards.extract_answer(trace)
+    answer = reward_lib.extract_answer(trace.rpartition("</think>")[2]) or reward_lib.extract_answer(trace)
     if answer is None:
         return None, "no boxed answer in the trace"
     return make_example(row, problem or None, answer, [trace], args)
@@ -854,11 +855,9 @@ def read_light_r1(row, args):
 
 def read_problem(row, args):
     """A row with problem and answer (Open-RS's sets, DeepScaleR); an empty answer is read from the solution's box."""
-    import rewards
-
     solution = row.get("solution") if isinstance(row.get("solution"), str) else ""
     answer = row.get("answer")
-    answer = rewards.extract_answer(solution) if answer is None or answer == "" else answer
+    answer = reward_lib.extract_answer(solution) if answer is None or answer == "" else answer
     return make_example(row, question(row), answer, [], args, solution=solution)
 
 
@@ -1216,7 +1215,7 @@ def build_parser():
     choice("--open_rs2_from", default="published", choices=("published", "parts"), help="as published, or drawn anew")
 
     check = parser.add_argument_group("decontamination").add_argument
-    check("--benchmark_dir", default="", help="folder of benchmarks, or owner/name@split,..., or hub; empty: no check")
+    check("--benchmark_dir", default="", help="folder of benchmarks, or hub; empty: no check")
     check("--ngram", type=int, default=13, help="words in a row that make an overlap")
     return parser
 
