@@ -6,9 +6,12 @@ From raw rows to packs of token ids: loading, templates and loss masks, packing 
     3. packing        whole documents, best-fit decreasing; packs dealt so that ranks do equal work at the same time
     4. data set       tokenised once, cached by content; the order is a function of (seed, epoch)
     5. the demo       chained arithmetic with R1-like redundancy, a tokenizer and a model small enough for two cores
+    6. benchmarks     no training problem may share 13 words in a row, or its whole text, with a benchmark problem
+    7. builds         the papers' data sets from their sources: filter, draw, merge, deduplicate, shortest correct trace
 
     python data.py --show 3 --dataset FILE --model_name_or_path DIR    rows with the trained tokens coloured
     python data.py build --recipe demo --output DIR                    the demo's model folder and its three files
+    python data.py build --recipe fast_math_r1_sft --output FILE       stage 1's 7,900 rows; --help lists the choices
 
 Letters: D documents, T tokens of a pack, P packs of an optimizer step, R ranks.
 """
