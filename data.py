@@ -778,7 +778,7 @@ class Part:
     ends: str = "[]"  # of the accuracy range, as in mathematics: (] leaves out the lower end
     min_tokens: int = 0  # the trace must be longer
     trace_length: str = "shortest"  # which of several correct traces that means: shortest (the one kept), any, mean
-    sample: float = 0  # rows to draw: a number, a share below 1, 0 for all
+    sample: int = 0  # rows to draw, 0 for all
     without: str = ""  # an earlier part: what it has drawn is not drawn again
     minus: str = ""  # a data set whose problems are taken out
     level: str = ""  # Open-RS's column
@@ -894,8 +894,7 @@ def recipe_parts(args):
             Part("openr1_hard", args.openr1_hard, read_generations),
             Part("light_r1_stage2", args.light_r1, read_light_r1)]
     if args.recipe == "fast_math_r1_grpo":
-        share = args.train_fraction if args.train_fraction < 1 else 0
-        return [Part("light_r1_stage2", args.light_r1, read_light_r1, needs_trace=False, sample=share)]
+        return [Part("light_r1_stage2", args.light_r1, read_light_r1, needs_trace=False)]
     if args.recipe == "open_rs1":
         return [Part("open_s1", args.open_s1, read_problem, needs_trace=False)]
     if args.open_rs2_from == "published":
@@ -1007,9 +1006,8 @@ def draw(candidates, sample, seed, name):
 
     Unlike drawing by position, the choice does not change when the source is sorted differently or gains other rows.
     """
-    count = len(candidates) if sample == 0 else round(sample * len(candidates)) if sample < 1 else int(sample)
     order = sorted(candidates, key=lambda number: (digest(f"{seed}/{name}/" + candidates[number].hex()), number))
-    return set(order[:count])
+    return set(order[:sample or None])
 
 
 def choose_rows(parts, candidates, report, seed):
@@ -1214,7 +1212,6 @@ def build_parser():
     choice("--tokenizer", default="deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", help="counts a trace's tokens")
     choice("--dedup_key", default="text", choices=("text", "exact", "uuid"),
            help="two rows are one problem by text up to blanks, by exact text, or by the source's uuid")
-    choice("--train_fraction", type=float, default=1.0, help="GRPO set: random share; the original run used 0.5")
     choice("--open_rs2_from", default="published", choices=("published", "parts"), help="as published, or drawn anew")
 
     check = parser.add_argument_group("decontamination").add_argument
