@@ -217,7 +217,11 @@ def _receive(connection: socket.socket, deadline: float = math.inf) -> dict:
 # The trainer's side: a handle that starts, asks, watches, restarts and ends one child process
 # ---------------------------------------------------------------------------------------------------------------------
 class Engine:
-    """One vLLM engine in a child process, owned by one rank. The constructor returns at once; the first use waits.
+    """One vLLM engine in a child process, owned by one rank, used by one thread.
+
+    The constructor returns at once and the first use waits, so that the trainer can load its model meanwhile. On a GPU
+    that both share, pass kv_cache_gb or use the engine once before the trainer allocates: otherwise vLLM sizes its KV
+    cache by the free memory it sees while it starts, and the trainer's growing model falsifies that.
 
     Args:
         model_path: Hugging Face folder (or hub id): architecture, tokenizer's end-of-sequence ids, version-0 weights.
@@ -262,7 +266,7 @@ class Engine:
         self._environment = _child_environment(model_path, tensor_parallel_size, devices, threads, on_cpu)
 
         self.version, self._weights_folder = 0, None     # None: still on model_path's own weights
-        self.restarts, self._was_ready, self._calls = 0, False, 0
+        self.restarts, self._was_ready, self._calls, self._generating = 0, False, 0, False
         self._can_sleep = sleep_mode and not on_cpu
         self.max_model_len, self.max_restarts = max_model_len, max_restarts
         self.start_timeout, self.stall_timeout = start_timeout, stall_timeout
@@ -301,42 +305,42 @@ class Engine:
         sampling = dict(temperature=temperature, top_p=top_p, min_p=min_p, stop=stop)
         groups: list[list[Completion | None]] = [[None] * n for _ in prompts]
         finished_tokens = 0
-        while missing := [(p, s) for p, group in enumerate(groups) for s in range(n) if group[s] is None]:
-            call = 0
-            try:
-                self._wait_until_ready()
-                before = finished_tokens
-                call = self._ask(dict(
-                    op="generate", sampling=sampling, prompts={p: prompts[p] for p, _ in missing},
-                    samples=[(p, s, seeds[p][s], limits[p]) for p, s in missing]))
-                tokens = -1
-                deadline = time.monotonic() + self.stall_timeout
-                while not all(group[s] is not None for group in groups for s in range(n)):
-                    answer = self._answer(call, deadline)
-                    if answer.get("tokens", tokens) != tokens:   # a sign of life counts only if it brings new tokens
-                        tokens = answer["tokens"]
-                        deadline = time.monotonic() + self.stall_timeout
-                        if on_token_count:
-                            on_token_count(before + tokens)
-                    if "completion" in answer:
-                        completion = Completion(**answer["completion"])
-                        group = groups[completion.prompt_index]
-                        group[completion.sample_index] = completion
-                        finished_tokens += len(completion.token_ids)
-                        deadline = time.monotonic() + self.stall_timeout
-                        if all(group):
-                            yield completion.prompt_index, group
-                            deadline = time.monotonic() + self.stall_timeout    # the caller's own time is not a stall
-                call = 0
-            except _EngineDied as death:
-                call = 0
-                self._restart(death)
-            finally:
-                if call:     # the caller left the loop: stop sampling for nobody; a death now shows at the next call
-                    try:
-                        self._ask(dict(op="cancel"))
-                    except _EngineDied:
-                        pass
+        try:
+            while missing := [(p, s) for p, group in enumerate(groups) for s in range(n) if group[s] is None]:
+                try:
+                    self._wait_until_ready()
+                    call = self._ask(dict(
+                        op="generate", sampling=sampling, prompts={p: prompts[p] for p, _ in missing},
+                        samples=[(p, s, seeds[p][s], limits[p]) for p, s in missing]))
+                    self._generating = True
+                    before, tokens, unfinished = finished_tokens, 0, len(missing)
+                    last_progress = time.monotonic()
+                    while unfinished:
+                        answer = self._answer(call, last_progress + self.stall_timeout)
+                        if answer.get("tokens", tokens) > tokens:     # a sign of life counts only with new tokens
+                            tokens, last_progress = answer["tokens"], time.monotonic()
+                            if on_token_count:
+                                on_token_count(before + tokens)
+                        if "completion" in answer:
+                            completion, last_progress = Completion(**answer["completion"]), time.monotonic()
+                            group = groups[completion.prompt_index]
+                            group[completion.sample_index] = completion
+                            finished_tokens += len(completion.token_ids)
+                            unfinished -= 1
+                            if all(group):
+                                yield completion.prompt_index, group
+                                last_progress = time.monotonic()      # the caller's own time is not a stall
+                    self._generating = False
+                except _EngineDied as death:
+                    self._generating = False
+                    self._restart(death)
+        finally:
+            if self._generating:     # the caller left the loop: stop sampling for nobody
+                self._generating = False
+                try:
+                    self._ask(dict(op="cancel"))
+                except _EngineDied:
+                    pass             # the next call notices, and restarts
 
     def load_weights(self, folder: str, version: int) -> None:
         """Reload from a published folder (a new one each time: vLLM maps files, and a rewritten path served old
@@ -385,6 +389,8 @@ class Engine:
     # --- ask, and notice death ---------------------------------------------------------------------------------------
     def _ask(self, request: dict) -> int:
         """Send a request; returns the number that its answers carry. Raises _EngineDied."""
+        if self._generating:
+            raise EngineError("an iterator of generate() is still open: exhaust or close it before the next request")
         self._calls += 1
         try:
             self._connection.settimeout(self.stall_timeout)
@@ -431,7 +437,7 @@ class Engine:
         with theirs, open(self.log_file, "ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__), "--serve", str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-P", os.path.abspath(__file__), "--serve", str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment,
                 pass_fds=[theirs.fileno()], start_new_session=True)      # its own group: killed as one
         _send(self._connection, self._llm_arguments)                     # fits the socket's buffer: never blocks
@@ -457,7 +463,7 @@ class Engine:
     def _restart(self, death: _EngineDied) -> None:
         self._kill()
         if self.restarts >= self.max_restarts:
-            raise EngineError(f"the engine died again ({death}) and all {self.max_restarts} restarts are used up "
+            raise EngineError(f"the engine died ({death}) and its {self.max_restarts} restarts are used up "
                               f"(--max_engine_restarts){self._log_tail()}") from death
         self.restarts += 1
         print(f"rollout: engine {self.pid} died ({death}); restart {self.restarts} of {self.max_restarts} on weights "
@@ -513,6 +519,7 @@ def _serve(descriptor: int, trainer_pid: int) -> None:
         # Imports make a million objects and no garbage; looking for some again and again is a third of the start-up.
         gc.disable()
         from vllm import LLM
+        from vllm.exceptions import VLLMValidationError
         gc.freeze()
         llm = LLM(**arguments)
         gc.enable()
@@ -540,7 +547,7 @@ def _serve(descriptor: int, trainer_pid: int) -> None:
                     _reload(llm, request["folder"], asleep)
                     version, asleep = request["version"], False
                     answer["version"] = version
-            except ValueError as error:          # the request's fault (vLLM's validation); all else ends the engine
+            except (ValueError, VLLMValidationError) as error:     # the request's fault; all else ends the engine
                 answer["refused"] = str(error)
             outbox.put(answer)                   # for a cancel that came after the last sample, too: nobody waits
     except EOFError:
@@ -575,36 +582,36 @@ def _generate(llm, request: dict, version: int, connection: socket.socket, outbo
     engine, call, stop = llm.llm_engine, request["call"], request["sampling"]["stop"]
     for prompt in request["prompts"].values():
         _check_vocabulary(llm, prompt)
-    running = {}                                                                 # request id -> (prompt, sample)
-    for prompt_index, sample_index, seed, max_tokens in request["samples"]:
-        request_id = f"{call}/{prompt_index}/{sample_index}"
-        engine.add_request(
-            request_id, {"prompt_token_ids": request["prompts"][str(prompt_index)]},      # JSON keys are strings
-            SamplingParams(**request["sampling"], seed=seed, max_tokens=max_tokens,
-                           logprobs=0, flat_logprobs=True,                       # the sampled token's only, no objects
-                           detokenize=bool(stop), include_stop_str_in_output=bool(stop),
-                           output_kind=RequestOutputKind.FINAL_ONLY))
-        running[request_id] = prompt_index, sample_index
-
-    finished_tokens, last_report = 0, time.monotonic()
-    while running:
-        for output in engine.step():
-            if not output.finished:
-                continue
-            sample, (prompt_index, sample_index) = output.outputs[0], running.pop(output.request_id)
-            finished_tokens += len(sample.token_ids)
-            outbox.put(dict(call=call, completion=dict(
-                prompt_index=prompt_index, sample_index=sample_index, token_ids=list(sample.token_ids),
-                logprobs=list(sample.logprobs.logprobs), finish_reason=sample.finish_reason, version=version)))
-        if time.monotonic() - last_report >= 1:
-            states = engine.output_processor.request_states.values()
-            tokens = finished_tokens + sum(state.detokenizer.num_output_tokens() for state in states)
-            outbox.put(dict(call=call, tokens=tokens))
-            last_report = time.monotonic()
-        if select.select([connection], [], [], 0)[0]:    # the trainer speaks only to cancel, or it closed the line
-            _receive(connection)
-            engine.abort_request(list(running))
-            return
+    running, finished_tokens, last_report = {}, 0, time.monotonic()      # running: request id -> (prompt, sample)
+    try:
+        for prompt_index, sample_index, seed, max_tokens in request["samples"]:
+            request_id = f"{call}/{prompt_index}/{sample_index}"
+            engine.add_request(
+                request_id, {"prompt_token_ids": request["prompts"][str(prompt_index)]},     # JSON keys are strings
+                SamplingParams(**request["sampling"], seed=seed, max_tokens=max_tokens,
+                               logprobs=0, flat_logprobs=True,                  # the sampled token's only, no objects
+                               detokenize=bool(stop), include_stop_str_in_output=bool(stop),
+                               output_kind=RequestOutputKind.FINAL_ONLY))
+            running[request_id] = prompt_index, sample_index
+        while running:
+            for output in engine.step():
+                if not output.finished:
+                    continue
+                sample, (prompt_index, sample_index) = output.outputs[0], running.pop(output.request_id)
+                finished_tokens += len(sample.token_ids)
+                outbox.put(dict(call=call, completion=dict(
+                    prompt_index=prompt_index, sample_index=sample_index, token_ids=list(sample.token_ids),
+                    logprobs=list(sample.logprobs.logprobs), finish_reason=sample.finish_reason, version=version)))
+            if time.monotonic() - last_report >= 1:
+                states = engine.output_processor.request_states.values()
+                tokens = finished_tokens + sum(state.detokenizer.num_output_tokens() for state in states)
+                outbox.put(dict(call=call, tokens=tokens))
+                last_report = time.monotonic()
+            if select.select([connection], [], [], 0)[0]:    # the trainer speaks only to cancel, or it closed the line
+                _receive(connection)
+                break
+    finally:                                     # cancelled, or one request was refused: the others must not go on
+        engine.abort_request(list(running))
 
 
 def _check_vocabulary(llm, token_ids: list[int]) -> None:
@@ -629,10 +636,20 @@ def _reload(llm, folder: str | None, asleep: bool) -> None:
     if asleep:
         llm.wake_up(tags=["weights"])            # memory for the weights only: the KV cache comes back after the reload
     llm.collective_rpc("reload_weights", kwargs={"weights_path": folder} if folder else {})
+    if llm.llm_engine.vllm_config.device_config.device_type == "cpu":
+        llm.collective_rpc(_renew_tied_head)
     if asleep:
         llm.wake_up(tags=["kv_cache"])
     if not llm.reset_prefix_cache():             # returns False, without an exception, if a block is still in use
         raise RuntimeError(f"vLLM did not reset its prefix cache after loading {folder}: old keys and values remain")
+
+
+def _renew_tied_head(worker) -> None:
+    """vLLM's CPU backend multiplies with a packed copy of the head. A reload renews the embedding but, where the head is
+    tied to it, not that copy: log-probs were off by 0.3 after a reload, and only the probe noticed (vLLM 0.32)."""
+    model = worker.get_model()
+    if model.config.tie_word_embeddings:
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
 if __name__ == "__main__":                       # vLLM spawns workers that import this file: nothing may run on import

@@ -33,7 +33,6 @@ Letters: P prompts, G answers per prompt, B = P x G, T tokens of a micro-batch, 
 import json
 import math
 import random
-import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -42,7 +41,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from transformers.hf_argparser import HfArg
 
 import data
@@ -70,7 +68,6 @@ class GRPOConfig(reward_lib.RewardOptions):  # the reward flags and their defaul
     num_prompts_per_step: int = HfArg(default=16, help="P: problems per optimizer step.")
     num_generations: int = HfArg(default=8, help="G: answers per problem.")
     max_prompt_length: int = HfArg(default=512, help="Longer prompts are dropped at load time and counted.")
-    max_completion_length: int = HfArg(default=16384, help="Tokens an answer may have.")
     max_model_length: int = HfArg(default=0, help="Cap on prompt + answer; 0: their sum. The original: 16384 for both together.")
     temperature: float = HfArg(default=1.0, help="Sampling temperature; the trainer divides its logits by it too.")
     temperature_in_logprobs: bool = HfArg(default=True, help="False: log-probs at temperature 1 whatever was sampled (Open-RS).")
@@ -144,6 +141,7 @@ FREE_TO_CHANGE = {
 def check_config(cfg):
     """Refuse impossible values before anything starts: flag, value, reason, remedy. Raises ValueError."""
     policy_lib.check_common_flags(cfg)
+    reward_lib.check_reward_options(cfg)
     choices = {"loss_type": ("grpo", "dapo", "dr_grpo"), "scale_rewards": ("group", "batch", "none"),
                "importance_sampling_level": ("token", "sequence")}
     for flag, allowed in choices.items():
@@ -570,8 +568,7 @@ output     {output_dir}""", flush=True)
                     groups += useful
                     if len(groups) == wanted:
                         break
-            if cfg.length_scope == "local_batch":
-                reward_lib.rescore_length_over_batch([g["scored"] for g in groups], cfg)
+            reward_lib.rescore_length_over_batch([g["scored"] for g in groups], cfg)  # only for --length_scope local_batch
             if cfg.vllm_sleep and engine is not None:
                 engine.sleep()
 
