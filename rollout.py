@@ -607,8 +607,9 @@ def _generate(llm, request: dict, version: int, connection: socket.socket, outbo
                 tokens = finished_tokens + sum(state.detokenizer.num_output_tokens() for state in states)
                 outbox.put(dict(call=call, tokens=tokens))
                 last_report = time.monotonic()
-            if select.select([connection], [], [], 0)[0]:    # the trainer speaks only to cancel, or it closed the line
-                _receive(connection)
+            # While a sample is missing the trainer speaks only to cancel; after the last one it may ask the next thing.
+            if running and select.select([connection], [], [], 0)[0]:
+                assert _receive(connection)["op"] == "cancel"
                 break
     finally:                                     # cancelled, or one request was refused: the others must not go on
         engine.abort_request(list(running))
@@ -645,8 +646,8 @@ def _reload(llm, folder: str | None, asleep: bool) -> None:
 
 
 def _renew_tied_head(worker) -> None:
-    """vLLM's CPU backend multiplies with a packed copy of the head. A reload renews the embedding but, where the head is
-    tied to it, not that copy: log-probs were off by 0.3 after a reload, and only the probe noticed (vLLM 0.32)."""
+    """vLLM's CPU backend multiplies with a packed copy of the head. A reload renews the embedding but, where the head
+    is tied to it, not that copy: log-probs were off by 0.3 after a reload, and only the probe noticed (vLLM 0.32)."""
     model = worker.get_model()
     if model.config.tie_word_embeddings:
         model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
