@@ -4,14 +4,14 @@ The policy and its machinery: transformers' own decoder, sharded with FSDP2, fed
     1. process group       one rank per GPU (NCCL) or per CPU share (gloo); every wait has a deadline
     2. packed attention    documents lie end to end in one row and do not see each other
     3. chunked head        log-probs and entropy of T tokens without ever holding [T, V] logits, forward or backward
-    4. build and load      meta device -> activation checkpointing -> compile -> fully_shard -> each rank reads its own rows
-    5. save_hf             every rank writes the share it owns; the folder appears by one rename; transformers and vLLM load it
+    4. build and load      meta device -> activation checkpointing -> compile -> fully_shard -> each rank reads its rows
+    5. save_hf             every rank writes its share; the folder appears by one rename; transformers and vLLM load it
     6. checkpoints         torch DCP, complete or absent; checksummed; keep-N
     7. run log             metrics.jsonl always, a bar on rank 0, TensorBoard / wandb / trackio if asked
 
 Left out: tensor, pipeline and context parallelism, LoRA, 8-bit optimizers (README, "Left out on purpose").
 
-Letters: T tokens of a pack, D documents of a pack, V vocabulary, h hidden size, H heads, d head size, C tokens of a chunk.
+Letters: T tokens and D documents of a pack, V vocabulary, h hidden size, H heads, d head size, C tokens of a chunk.
 """
 
 import contextlib
@@ -73,7 +73,8 @@ def setup_distributed(timeout_minutes=30.0, shard_size=0):
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if shard_size and world_size % shard_size:
-        raise ValueError(f"--shard_size {shard_size} does not divide the {world_size} ranks; choose a divisor, or 0 for all")
+        raise ValueError(f"--shard_size {shard_size} does not divide the {world_size} ranks; "
+                         "choose a divisor, or 0 for all")
     timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:  # a kill -9 of torchrun must not leave ranks training: they get SIGTERM, save and exit
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -174,8 +175,8 @@ def start_heartbeat(ctx, deadline, where=lambda: ""):
                     elif value != b"done" and now - since > deadline:
                         who = store.get(f"who/{rank}").decode() if store.check([f"who/{rank}"]) else "not started yet"
                         print(f"rank {ctx.rank}: rank {rank} ({who}) has not responded for {now - since:.0f} s "
-                              f"(--heartbeat_timeout {deadline:.0f}){where()}. This run ends; start it again with --resume",
-                              file=sys.stderr, flush=True)
+                              f"(--heartbeat_timeout {deadline:.0f}){where()}. This run ends; "
+                              "start it again with --resume", file=sys.stderr, flush=True)
                         os._exit(75)
             except (dist.DistError, RuntimeError):
                 return  # the store is gone: torchrun is ending the run, and says so itself
@@ -216,7 +217,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, cu
         # From 2.12 on grouped heads must be announced; 2.11 has no such argument and simply accepts fewer key heads.
         grouped = {"enable_gqa": True} if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12) else {}
         # The same cu_seqlens object twice: the cuDNN path recognises self-attention by identity. (-1, 0) means causal.
-        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=(-1, 0), **grouped)
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling,
+                          window_size=(-1, 0), **grouped)
         return out.unsqueeze(0), None  # (1, T, H, d)
     bounds = cu_seqlens.tolist()
     documents = [
@@ -244,7 +246,8 @@ class ChunkedLogprobs(torch.autograd.Function):
     log p(target) = z_target - logsumexp(z),  z = hidden @ weight^T / temperature, for C tokens at a time.
 
     Forward keeps only the logsumexp (T,). Backward computes each chunk's logits once more:
-        d z = g * (onehot(target) - softmax(z)),   d hidden = d z @ weight / temperature,   d weight = d z^T @ hidden / temperature
+        d z = g * (onehot(target) - softmax(z))
+        d hidden = d z @ weight / temperature,   d weight = d z^T @ hidden / temperature
     Without the chunks, logits, their fp32 copy and their gradient cost 44 GB at 24k tokens and 152k vocabulary.
     """
 
@@ -338,7 +341,8 @@ def model_folder(path, ctx=None):
         raise FileNotFoundError(f"model {path!r} is no local folder and no hub id of the form owner/name")
     from huggingface_hub import snapshot_download
 
-    fetch = partial(snapshot_download, str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    fetch = partial(snapshot_download, str(path), allow_patterns=patterns)
     if ctx is None:
         return Path(fetch())
     with together(ctx, f"downloading {path}"):
@@ -357,10 +361,12 @@ def safetensors_files(folder):
         try:
             names = json.loads(index.read_text())["weight_map"]
         except (ValueError, KeyError) as error:
-            raise ValueError(f"{index} is not a readable index ({type(error).__name__}); download the model again") from error
+            raise ValueError(f"{index} is not a readable index ({type(error).__name__}); "
+                             "download the model again") from error
         missing = sorted({file for file in names.values() if not (folder / file).is_file()})
         if missing:
-            raise FileNotFoundError(f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} shards named by its index)")
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing[:3])} "
+                                    f"({len(missing)} shards named by its index)")
         return {name: folder / file for name, file in names.items()}
     single = folder / "model.safetensors"
     if not single.is_file():
@@ -378,10 +384,12 @@ def check_architecture(config):
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     reasons = []
     if layer_types != {"full_attention"}:
-        reasons.append(f"it has layers of type {sorted(layer_types - {'full_attention'})}, and only full attention is packed")
+        reasons.append(f"it has layers of type {sorted(layer_types - {'full_attention'})}, "
+                       "and only full attention is packed")
     for name in ("final_logit_softcapping", "attn_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, name, None) not in (None, 1, 1.0):
-            reasons.append(f"its head or attention uses {name}={getattr(config, name)}, which the chunked head leaves out")
+            reasons.append(f"its head or attention uses {name}={getattr(config, name)}, "
+                           "which the chunked head leaves out")
     if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         reasons.append("it is a mixture of experts")
     if getattr(config, "attention_dropout", 0.0):
@@ -424,7 +432,8 @@ def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_che
         if activation_checkpointing == "selective":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, attention_saving_policy)
         for i, block in enumerate(model.model.layers):
-            model.model.layers[i] = checkpoint_wrapper(block, **options)  # non-reentrant by default; reentrant leaks with FSDP2
+            # Non-reentrant by default; reentrant leaks with FSDP2.
+            model.model.layers[i] = checkpoint_wrapper(block, **options)
     if compile_blocks:
         for block in model.model.layers:
             block.compile()
@@ -439,7 +448,7 @@ def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_che
     shard(model)
     for unit in [model, *model.model.layers, *([model.lm_head] if model.lm_head is not None else [])]:
         # Gradients are SUMMED over ranks. The loss is already divided by the token count of all ranks, so that the
-        # average FSDP takes by default would divide a second time. (The force-sum flag is what makes this work on gloo.)
+        # average FSDP takes by default would divide a second time. (The force-sum flag makes this work on gloo.)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=ctx.device)
@@ -492,7 +501,8 @@ def load_weights(model, folder, ctx):
                     opened[files[name]] = safe_open(files[name], "pt")
                 source = opened[files[name]].get_slice(name)
                 if tuple(source.get_shape()) != tuple(param.shape):
-                    raise ValueError(f"{name} is {source.get_shape()} in the file and {list(param.shape)} by config.json")
+                    raise ValueError(f"{name} is {source.get_shape()} in the file "
+                                     f"and {list(param.shape)} by config.json")
                 lo, hi = shard_rows(param, param.shape[0])
                 local = param.to_local() if isinstance(param, DTensor) else param
                 if hi > lo:
@@ -508,7 +518,8 @@ def load_config(path, trust_remote_code=False):
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-        raise ValueError(f"{path}/config.json is not a model config that transformers can read: {str(error)[:300]}") from error
+        raise ValueError(f"{path}/config.json is not a model config that transformers can read: "
+                         f"{str(error)[:300]}") from error
     if type(config) not in transformers.AutoModelForCausalLM._model_mapping and not trust_remote_code:
         raise ValueError(f"{path}: model type {config.model_type} is no causal language model of transformers")
     return config
@@ -538,7 +549,7 @@ def load_tokenizer(path, ctx=None):
 
 
 def generation_config(folder, stop_token_id):
-    """The folder's generation config with the end-of-turn token among its stop tokens: a model that cannot stop is useless."""
+    """The folder's generation config, end-of-turn token among its stop tokens: a model that cannot stop is useless."""
     import transformers
 
     has_own = Path(folder, "generation_config.json").is_file()
@@ -560,7 +571,8 @@ def make_schedule(cfg, optimizer, horizon):
     import transformers
 
     extra = {"min_lr_rate": cfg.min_lr_rate} if cfg.lr_scheduler_type == "cosine_with_min_lr" else None
-    return transformers.get_scheduler(cfg.lr_scheduler_type, optimizer, round(cfg.warmup_ratio * horizon), horizon, extra)
+    warmup = round(cfg.warmup_ratio * horizon)
+    return transformers.get_scheduler(cfg.lr_scheduler_type, optimizer, warmup, horizon, extra)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -575,15 +587,16 @@ def fsync_folder(folder):
             os.close(descriptor)
 
 
-def save_hf(model, folder, ctx, dtype=torch.bfloat16, tokenizer=None, generation_config=None, one_per_node=False, durable=True):
+def save_hf(model, folder, ctx, dtype=torch.bfloat16, tokenizer=None, generation_config=None,
+            one_per_node=False, durable=True):
     """
     Write the policy as a Hugging Face model folder that transformers and vLLM load; collective.
 
     Every rank gathers every tensor, keeps those it owns (shares of equal bytes) and writes one safetensors shard; rank
     0 writes index and config; one rename publishes the folder. dtype: torch.bfloat16 or torch.float32; tensors are cast
-    before they are gathered. one_per_node: every machine writes its own copy (for /dev/shm); otherwise all ranks write one
-    copy to a file system they share. durable: fsync before the rename. Returns the fingerprint, a 63-bit sum over the published bits: equal
-    weights give equal fingerprints. Raises RankFailure on all ranks when one cannot write.
+    before they are gathered. one_per_node: every machine writes its own copy (for /dev/shm); otherwise all ranks write
+    one copy to a file system they share. durable: fsync before the rename. Returns the fingerprint, a 63-bit sum over
+    the published bits: equal weights give equal fingerprints. Raises RankFailure on all ranks when one cannot write.
     """
     from safetensors.torch import save_file
 
@@ -668,7 +681,8 @@ def file_crc32(path):
     return crc
 
 
-def save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step, trainer_state, save_total_limit=0, keep_steps=()):
+def save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step, trainer_state, save_total_limit=0,
+                    keep_steps=()):
     """
     Checkpoint of one optimizer step: complete or absent. Collective.
 
@@ -701,7 +715,8 @@ def save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step, trainer_
             trainer = {"step": step, "world_size": ctx.world_size, "scheduler": scheduler.state_dict(), **trainer_state}
             for name, content in (("trainer.json", trainer), ("manifest.json", manifest)):
                 if name == "manifest.json":
-                    manifest |= {n: [(temporary / n).stat().st_size, file_crc32(temporary / n)] for n in ("trainer.json", ".metadata")}
+                    manifest |= {n: [(temporary / n).stat().st_size, file_crc32(temporary / n)]
+                                 for n in ("trainer.json", ".metadata")}
                 (temporary / name).write_text(json.dumps(content))
             fsync_folder(temporary)
             publish_folder(temporary, folder)
@@ -749,7 +764,8 @@ def load_checkpoint(model, optimizer, scheduler, ctx, folder):
     Restore model, optimizer, schedule and RNG from a checkpoint folder; returns the trainer state dict. Collective.
 
     Another world size works: DCP reshards. The RNG of a rank that did not exist before is left as it is; nothing in
-    training draws from it (data order and sampling seeds are functions of (seed, epoch) and (seed, step, prompt, sample)).
+    training draws from it (data order and sampling seeds are functions of (seed, epoch) and
+    (seed, step, prompt, sample)).
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -786,7 +802,7 @@ def open_run(ctx, cfg, free_to_change, identity):
     """
     Claim cfg.output_dir for this run, find the checkpoint to resume from, write config.json. Collective.
 
-    identity: {name: hash} of what must not change between a run and its resumption (the data). Raises RankFailure on all
+    identity: {name: hash} of what must not change between a run and its resumption: the data. Raises RankFailure on all
     ranks when another run holds the folder, when it already holds a run and --resume is missing, when --resume finds no
     checkpoint, or when identity or a flag outside free_to_change differs from the checkpoint's and --force is missing.
     """
@@ -801,26 +817,32 @@ def open_run(ctx, cfg, free_to_change, identity):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise ValueError("another run is using this folder; choose another --output_dir or stop that run") from error
+                raise ValueError("another run is using this folder; "
+                                 "choose another --output_dir or stop that run") from error
             if not cfg.resume and (checkpoint_steps(output_dir) or (output_dir / "final").exists()):
-                raise ValueError("the folder already holds a run; add --resume to continue it, or choose another --output_dir")
+                raise ValueError("the folder already holds a run; "
+                                 "add --resume to continue it, or choose another --output_dir")
     checkpoint = newest_checkpoint(output_dir, ctx) if cfg.resume else None
     with together(ctx, "resuming"):
         if cfg.resume and checkpoint is None:
-            raise ValueError(f"--resume: {output_dir}/checkpoints holds no intact checkpoint; drop --resume to start from the beginning")
+            raise ValueError(f"--resume: {output_dir}/checkpoints holds no intact checkpoint; "
+                             "drop --resume to start from the beginning")
         if checkpoint:
             saved = json.loads((checkpoint / "trainer.json").read_text())
             now = asdict(cfg)
-            changed = {k: (saved["config"].get(k), v) for k, v in now.items() if saved["config"].get(k) != v and k not in free_to_change}
+            changed = {k: (saved["config"].get(k), v) for k, v in now.items()
+                       if saved["config"].get(k) != v and k not in free_to_change}
             changed |= {k: (saved.get(k), v) for k, v in identity.items() if saved.get(k) != v}
             differences = "; ".join(f"{k}: {old!r} then, {new!r} now" for k, (old, new) in changed.items())
             if changed and not cfg.force:
-                raise ValueError(f"{checkpoint} was made with other settings ({differences}). Use the same, or add --force to go on regardless")
+                raise ValueError(f"{checkpoint} was made with other settings ({differences}). "
+                                 "Use the same, or add --force to go on regardless")
             if changed and ctx.is_main:
                 print(f"--force: resuming although these differ: {differences}", file=sys.stderr)
     with together(ctx, f"writing {output_dir}/config.json"):
         if ctx.is_main:
-            facts = {**asdict(cfg), "world_size": ctx.world_size, "git_commit": git_commit(), "versions": versions(), **identity}
+            facts = {**asdict(cfg), "world_size": ctx.world_size, "git_commit": git_commit(),
+                     "versions": versions(), **identity}
             write_atomically(output_dir / "config.json", json.dumps(facts, indent=1) + "\n")
     return Run(checkpoint, identity, lock)
 
@@ -838,7 +860,8 @@ def stop_on_signal(ctx):
         if number == signal.SIGINT and received:
             raise KeyboardInterrupt("second interrupt: leaving without saving")
         received.append(number)
-        print(f"rank {ctx.rank}: {signal.Signals(number).name} received; saving a checkpoint after this step", file=sys.stderr, flush=True)
+        print(f"rank {ctx.rank}: {signal.Signals(number).name} received; saving a checkpoint after this step",
+              file=sys.stderr, flush=True)
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -934,7 +957,8 @@ def check_common_flags(cfg):
         if not 0 <= getattr(cfg, flag) <= 1:
             raise ValueError(f"--{flag} {getattr(cfg, flag)} is a share: choose a number from 0 to 1")
     if not all(step.strip().isdigit() for step in cfg.keep_steps.split(",") if step):
-        raise ValueError(f"--keep_steps {cfg.keep_steps!r} must be step numbers with commas between them, such as 350,400")
+        raise ValueError(f"--keep_steps {cfg.keep_steps!r} must be step numbers with commas between them, "
+                         "such as 350,400")
 
 
 def run_main(main, config_class):
@@ -978,9 +1002,11 @@ class RunLog:
 
         self.path = Path(output_dir, "metrics.jsonl")
         # Rows after the checkpoint belong to steps that are about to be trained again.
-        kept = [r for r in read_jsonl(self.path) if r["step"] <= first_step] if first_step and self.path.exists() else []
+        resumed = first_step and self.path.exists()
+        kept = [r for r in read_jsonl(self.path) if r["step"] <= first_step] if resumed else []
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.bar = tqdm(total=total_steps, initial=first_step, unit=unit, dynamic_ncols=True, smoothing=0.1, file=sys.stderr)
+        self.bar = tqdm(total=total_steps, initial=first_step, unit=unit, dynamic_ncols=True, smoothing=0.1,
+                        file=sys.stderr)
         name = Path(output_dir).name
         if report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -1065,9 +1091,10 @@ def git_commit():
     import subprocess
 
     root = Path(__file__).parent
+    run = partial(subprocess.run, cwd=root, capture_output=True, text=True, timeout=10, check=True)
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        commit = run(["git", "rev-parse", "HEAD"])
+        changes = run(["git", "status", "--porcelain", "-uno"])
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
