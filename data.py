@@ -68,7 +68,7 @@ def iterate_rows(dataset, split="train"):
     Yield (row, None) for every row of a data set, or (None, reason) where the row itself cannot be read.
 
     dataset: a JSON file (a list of objects), JSONL file, Parquet file, a folder saved by `datasets`, `demo`, `demo:rl`
-    or `demo:test`, or a hub id, optionally `owner/name:config`. Rows are read one at a time: the data may be larger than
+    or `demo:test`, or a hub id, optionally `owner/name:config`. Rows are read one at a time: the data may exceed
     memory, but for a .json file. Raises DataError when the source as a whole cannot be read.
     """
     path = Path(dataset)
@@ -84,7 +84,8 @@ def iterate_rows(dataset, split="train"):
         try:
             rows = json.loads(path.read_bytes().decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} is not valid JSON ({str(error)[:100]}); one object per line goes into a .jsonl file") from error
+            raise DataError(f"{path} is not valid JSON ({str(error)[:100]}); "
+                            "one object per line goes into a .jsonl file") from error
         if not isinstance(rows, list):
             raise DataError(f"{path} holds a {type(rows).__name__}, not a list of rows")
         for row in rows:
@@ -111,7 +112,8 @@ def library_rows(dataset, split):
             name, _, config = dataset.partition(":")
             rows = datasets.load_dataset(name, config or None, split=split, streaming=True)
         else:
-            raise DataError(f"data set {dataset!r} is no file, no folder, not `demo` and no hub id of the form owner/name")
+            raise DataError(f"data set {dataset!r} is no file, no folder, not `demo` "
+                            "and no hub id of the form owner/name")
         yield from rows
     except DataError:
         raise
@@ -120,7 +122,7 @@ def library_rows(dataset, split):
 
 
 def load_rows(dataset, split="train"):
-    """All readable rows of a data set as a list of dicts; raises DataError if any row is unreadable or there is none."""
+    """All rows of a data set as a list of dicts; raises DataError if any row is unreadable or there is none."""
     rows, unreadable = [], Counter()
     for row, reason in iterate_rows(dataset, split):
         if row is None:
@@ -135,8 +137,9 @@ def load_rows(dataset, split="train"):
 
 
 def source_hash(dataset, split="train"):
-    """What identifies the content of a data set: SHA-256 of a local file's or folder's bytes, name and split of a hub id."""
-    path, digest = Path(dataset), hashlib.sha256(f"{dataset}:{split}".encode() if not Path(dataset).exists() else split.encode())
+    """Identity of a data set's content: SHA-256 of a local file's or folder's bytes, name and split of a hub id."""
+    path = Path(dataset)
+    digest = hashlib.sha256(split.encode() if path.exists() else f"{dataset}:{split}".encode())
     for file in sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()):
         with open(file, "rb") as stream:
             while block := stream.read(1 << 24):
@@ -150,19 +153,21 @@ def source_hash(dataset, split="train"):
 # The literal strings of the recipes. The doubled braces are a slip of the originals (a format string that never was
 # formatted); the released models were trained with them, so they stay the default.
 SFT_SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{{}}."
-GRPO_SYSTEM_PROMPT = (r"You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step. "
-                      r"Return final answer within \boxed{{}}.")
+GRPO_SYSTEM_PROMPT = (r"You are a helpful and harmless assistant. You are Qwen developed by Alibaba. "
+                      r"You should think step-by-step. Return final answer within \boxed{{}}.")
 OPEN_RS_SYSTEM_PROMPT = (
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant first "
-    "thinks about the reasoning process in the mind and then provides the user with the answer, and put your final answer "
-    r"within \boxed{{}} . The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
-    "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>.")
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
+    "first thinks about the reasoning process in the mind and then provides the user with the answer, and put your "
+    r"final answer within \boxed{{}} . The reasoning process and answer are enclosed within <think> </think> and "
+    "<answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
+    "<answer> answer here </answer>.")
 SYSTEM_PROMPTS = {
     "sft": SFT_SYSTEM_PROMPT, "grpo": GRPO_SYSTEM_PROMPT, "open_rs": OPEN_RS_SYSTEM_PROMPT, "none": "",
     "open_rs3": OPEN_RS_SYSTEM_PROMPT + " Note that respond by English, NOT use other languages.",
 }
-# The open-r1 role markers that stage 1 of Fast-Math-R1 trained with (RECIPES 2): ordinary text, no <think> to start from.
-OPEN_R1_ROLES = ("{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+# The open-r1 role markers stage 1 of Fast-Math-R1 trained with (RECIPES 2): ordinary text, no <think> to start from.
+OPEN_R1_ROLES = ("{% for message in messages %}"
+                 "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
                  "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
 
 
@@ -180,7 +185,8 @@ def set_chat_template(tokenizer, chat_template):
             raise DataError(f"--chat_template {chat_template!r} is neither tokenizer, open_r1_roles nor a file")
         tokenizer.chat_template = Path(chat_template).read_text()
     if not tokenizer.chat_template:
-        raise DataError("the tokenizer has no chat template of its own; choose --chat_template open_r1_roles or a Jinja file")
+        raise DataError("the tokenizer has no chat template of its own; "
+                        "choose --chat_template open_r1_roles or a Jinja file")
     render(tokenizer, [{"role": "user", "content": "1+1"}], add_generation_prompt=True)
 
 
@@ -196,7 +202,8 @@ def render(tokenizer, messages, add_generation_prompt=False):
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except (TemplateError, TypeError, KeyError) as error:
-        raise DataError(f"the chat template fails on roles {[m['role'] for m in messages]}: {str(error)[:200]}") from error
+        raise DataError(f"the chat template fails on roles {[m['role'] for m in messages]}: "
+                        f"{str(error)[:200]}") from error
 
 
 def encode_prompt(tokenizer, text):
@@ -212,8 +219,9 @@ def prompt_messages(problem, system_prompt=""):
 
 
 def chat_prompt_ids(tokenizer, problem, system_prompt=""):
-    """Token ids of the prompt that asks for a problem's answer, generation prompt included; the same in SFT, GRPO and evaluation."""
-    return encode_prompt(tokenizer, render(tokenizer, prompt_messages(problem, system_prompt), add_generation_prompt=True))
+    """Token ids of a problem's prompt, generation prompt included; the same in SFT, GRPO and evaluation."""
+    text = render(tokenizer, prompt_messages(problem, system_prompt), add_generation_prompt=True)
+    return encode_prompt(tokenizer, text)
 
 
 def end_of_turn(tokenizer):
@@ -251,8 +259,10 @@ def row_messages(row, problem_column="problem", generation_column="generation", 
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             return None, "messages is not a list of objects"
         names = {"human": "user", "gpt": "assistant"}
-        messages = [{"role": turn.get("role", turn.get("from")), "content": turn.get("content", turn.get("value"))} for turn in turns]
-        messages = [{**m, "role": names.get(m["role"], m["role"]) if isinstance(m["role"], str) else None} for m in messages]
+        messages = [{"role": turn.get("role", turn.get("from")), "content": turn.get("content", turn.get("value"))}
+                    for turn in turns]
+        messages = [{**m, "role": names.get(m["role"], m["role"]) if isinstance(m["role"], str) else None}
+                    for m in messages]
         if any(m["role"] not in ("system", "user", "assistant") for m in messages):
             return None, "a role that is not system, user or assistant"
         if system_prompt and messages and messages[0]["role"] != "system":
@@ -261,7 +271,8 @@ def row_messages(row, problem_column="problem", generation_column="generation", 
         missing = [column for column in (problem_column, generation_column) if column not in row]
         if missing:
             return None, f"no column {missing[0]!r}"
-        messages = [*prompt_messages(row[problem_column], system_prompt), {"role": "assistant", "content": row[generation_column]}]
+        messages = [*prompt_messages(row[problem_column], system_prompt),
+                    {"role": "assistant", "content": row[generation_column]}]
     for message in messages:
         if not isinstance(message["content"], str):
             return None, f"{message['role']} text is not a string"
@@ -277,7 +288,7 @@ def row_messages(row, problem_column="problem", generation_column="generation", 
 
 @dataclass
 class Document:
-    """One training example. ids (n,) int32; mask (n,) uint8, 1 on the tokens that are predicted and trained; row: its source row."""
+    """One training example. ids (n,) int32; mask (n,) uint8, 1 on tokens predicted and trained; row: its source row."""
 
     ids: np.ndarray
     mask: np.ndarray
@@ -343,7 +354,7 @@ def deal(costs, ranks):
     Packs of one optimizer step per rank: equal counts, and packs of nearly equal cost at the same time.
 
     Sort by cost, give each group of `ranks` neighbours to the ranks, alternating direction so that totals even out too.
-    All ranks wait for the slowest in every micro-batch, so random dealing costs 14 to 20% (PERF.md 0.7); the gradient is
+    All ranks wait for the slowest in every micro-batch, so random dealing costs 14-20% (PERF.md 0.7); the gradient is
     the same. A count that is no multiple of ranks is filled up with -1, an empty pack.
     """
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
@@ -402,7 +413,8 @@ class TokenizedData:
     def summary(self):
         dropped = ", ".join(f"{count} {reason} (row {', '.join(map(str, self.report['examples'][reason]))})"
                             for reason, count in sorted(self.report["dropped"].items()))
-        return f"{self.report['kept']:,} of {self.report['rows']:,} rows kept; dropped: {dropped or 'none'}; cut: {self.report['cut']:,}"
+        return (f"{self.report['kept']:,} of {self.report['rows']:,} rows kept; dropped: {dropped or 'none'}; "
+                f"cut: {self.report['cut']:,}")
 
 
 def tokenize_rows(rows, tokenizer, max_length, overlong="drop", loss_on="assistant", system_prompt="",
@@ -410,14 +422,15 @@ def tokenize_rows(rows, tokenizer, max_length, overlong="drop", loss_on="assista
     """
     Documents and a report of an iterator of (row, reason) pairs, as iterate_rows yields them.
 
-    overlong: "drop" counts a document above max_length as dropped, "cut" keeps its first max_length tokens and counts it
+    overlong: "drop" counts a document over max_length as dropped, "cut" keeps its first max_length tokens and counts it
     as cut. loss_on: assistant, all, all_but_eos (the originals).
     """
     from tqdm import tqdm
 
     ending = end_of_turn(tokenizer)
     documents, dropped, examples, cut, total = [], Counter(), {}, 0, 0
-    for number, (row, reason) in enumerate(tqdm(rows, desc="tokenising", unit="row", disable=not progress, file=sys.stderr)):
+    bar = tqdm(rows, desc="tokenising", unit="row", disable=not progress, file=sys.stderr)
+    for number, (row, reason) in enumerate(bar):
         total += 1
         if reason is None:
             messages, reason = row_messages(row, problem_column, generation_column, system_prompt)
@@ -434,11 +447,13 @@ def tokenize_rows(rows, tokenizer, max_length, overlong="drop", loss_on="assista
         else:
             dropped[reason] += 1
             examples.setdefault(reason, []).extend([number] * (dropped[reason] <= 3))
-    return documents, {"rows": total, "kept": len(documents), "cut": cut, "dropped": dict(dropped), "examples": examples}
+    report = {"rows": total, "kept": len(documents), "cut": cut, "dropped": dict(dropped), "examples": examples}
+    return documents, report
 
 
-def load_documents(dataset, tokenizer, max_length, split="train", overlong="drop", loss_on="assistant", system_prompt="",
-                   problem_column="problem", generation_column="generation", max_malformed=0.01, cache_dir=".cache", progress=False):
+def load_documents(dataset, tokenizer, max_length, split="train", overlong="drop", loss_on="assistant",
+                   system_prompt="", problem_column="problem", generation_column="generation", max_malformed=0.01,
+                   cache_dir=".cache", progress=False):
     """
     TokenizedData of a data set, from the cache when data, tokenizer, template, options and this file are unchanged.
 
@@ -455,11 +470,11 @@ def load_documents(dataset, tokenizer, max_length, split="train", overlong="drop
         arrays = load_file(cached)
         report = json.loads(arrays["report"].tobytes())
         cuts = np.cumsum(arrays["lengths"])[:-1]
-        documents = [Document(ids, mask, int(row)) for ids, mask, row in zip(
-            np.split(arrays["ids"], cuts), np.split(arrays["mask"], cuts), arrays["rows"], strict=True)] if len(arrays["rows"]) else []
+        pieces = zip(np.split(arrays["ids"], cuts), np.split(arrays["mask"], cuts), arrays["rows"], strict=True)
+        documents = [Document(ids, mask, int(row)) for ids, mask, row in pieces] if len(arrays["rows"]) else []
     else:
-        documents, report = tokenize_rows(iterate_rows(dataset, split), tokenizer, max_length, overlong, loss_on, system_prompt,
-                                          problem_column, generation_column, progress)
+        documents, report = tokenize_rows(iterate_rows(dataset, split), tokenizer, max_length, overlong, loss_on,
+                                          system_prompt, problem_column, generation_column, progress)
         cached.parent.mkdir(parents=True, exist_ok=True)
         arrays = {"ids": np.concatenate([d.ids for d in documents] or [np.zeros(0, np.int32)]),
                   "mask": np.concatenate([d.mask for d in documents] or [np.zeros(0, np.uint8)]),
@@ -472,10 +487,12 @@ def load_documents(dataset, tokenizer, max_length, split="train", overlong="drop
     data = TokenizedData(documents, report, content_hash)
     lost = report["rows"] - report["kept"]
     if not documents:
-        raise DataError(f"{dataset}: nothing to train on. {data.summary()}. Columns are chosen by --problem_column and --generation_column")
+        raise DataError(f"{dataset}: nothing to train on. {data.summary()}. "
+                        "Columns are chosen by --problem_column and --generation_column")
     if lost > max_malformed * report["rows"]:
-        raise DataError(f"{dataset}: {lost / report['rows']:.1%} of the rows were dropped, more than --max_malformed {max_malformed:.1%} "
-                        f"allows. {data.summary()}. Repair the rows, or raise --max_malformed (for long rows: --max_length, --overlong cut)")
+        raise DataError(f"{dataset}: {lost / report['rows']:.1%} of the rows were dropped, more than "
+                        f"--max_malformed {max_malformed:.1%} allows. {data.summary()}. "
+                        "Repair the rows, or raise --max_malformed (for long rows: --max_length, --overlong cut)")
     return data
 
 
@@ -587,23 +604,27 @@ def write_demo(output, seed=0):
     specials = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\d|[a-j](?=[=+\-,. ])|[=+\-,.]"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        pre_tokenizers.Split(Regex(r"\d|[a-j](?=[=+\-,. ])|[=+\-,.]"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
     text = [row["problem"] + "\n" + row["generation"] for row in demo_rows("train")]
-    trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=specials, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(text, trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>",
-                                                     additional_special_tokens=specials[2:], clean_up_tokenization_spaces=False)
+                                                     additional_special_tokens=specials[2:],
+                                                     clean_up_tokenization_spaces=False)
     tokenizer.add_tokens(["<think>", "</think>"])  # tokens of their own, but not special: they survive decoding
     tokenizer.chat_template = DEMO_TEMPLATE
     config = transformers.Qwen2Config(
         vocab_size=len(tokenizer) + -len(tokenizer) % 16, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
-        initializer_range=0.06, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        initializer_range=0.06, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    model.generation_config = transformers.GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=tokenizer.eos_token_id,
+                                                            pad_token_id=tokenizer.pad_token_id)
     output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output / "base")
     tokenizer.save_pretrained(output / "base")
@@ -611,7 +632,8 @@ def write_demo(output, seed=0):
         rows = demo_rows(split)
         (output / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(f"{output / split}.jsonl: {len(rows):,} rows")
-    print(f"{output / 'base'}: {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {config.vocab_size}")
+    print(f"{output / 'base'}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"vocabulary {config.vocab_size}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -627,14 +649,16 @@ BENCHMARKS = {
     "olympiadbench": ("knoveleng/OlympiadBench", "train"),
     "gsm8k": ("openai/gsm8k:main", "test"),
 }
-LATEX_LAYOUT = re.compile(r"\\(?:left|right|bigl|bigr|big|displaystyle|textstyle|quad|qquad|text|mathrm|mbox)(?![a-zA-Z])|\\[,;:! ]|[$~]")
+LATEX_LAYOUT = re.compile(
+    r"\\(?:left|right|bigl|bigr|big|displaystyle|textstyle|quad|qquad|text|mathrm|mbox)(?![a-zA-Z])"
+    r"|\\[,;:! ]|[$~]")
 
 # The stock ending of contest problems, "... m/n, where m and n are relatively prime positive integers. Find m+n.", is
 # shared by problems that share nothing else: AIME 1983-2023 against the benchmarks of RECIPES 6.7 has 209 runs of 13
 # words in common, 16 once a run needs three words that are not of this kind, and those 16 hold every true copy.
 STOCK_WORDS = frozenset(
-    "can be written expressed in as the form frac sqrt m n p q a b c d r s k where and are relatively prime coprime positive "
-    "integers integer is not divisible by square of any find what enter your answer an or that".split())
+    "can be written expressed in as the form frac sqrt m n p q a b c d r s k where and are relatively prime coprime "
+    "positive integers integer is not divisible by square of any find what enter your answer an or that".split())
 SPECIFIC_WORDS = 3
 
 
@@ -686,7 +710,7 @@ def contamination(problems, benchmark_problems, n=13):
 
 
 def question(row, problem_column="problem"):
-    """Text of a row's problem: its column, or the first turn of the user in messages or conversations; None without one."""
+    """Text of a row's problem: its column, or the user's first turn in messages or conversations; None without one."""
     turns = row.get("messages") or row.get("conversations") if problem_column not in row else None
     for turn in turns if isinstance(turns, list) else []:
         if isinstance(turn, dict) and turn.get("role", turn.get("from")) in ("user", "human"):
@@ -699,8 +723,8 @@ def load_benchmarks(benchmark_dir):
     """
     (names, problems) of all benchmark problems; names look like aime24:7.
 
-    benchmark_dir: a folder of .json, .jsonl and .parquet files with a column problem or question (files whose name holds
-    "train" are no benchmark), or hub for all of BENCHMARKS. Raises DataError when there is nothing to compare with.
+    benchmark_dir: a folder of .json, .jsonl and .parquet files with a column problem or question (files with "train" in
+    their name are no benchmark), or hub for all of BENCHMARKS. Raises DataError when there is nothing to compare with.
     """
     files = [file for file in sorted(Path(benchmark_dir).glob("*"))
              if file.suffix in (".json", ".jsonl", ".parquet") and "train" not in file.stem]
@@ -1141,7 +1165,8 @@ def show_rows(args):
         if shown == args.show:
             break
         if reason is None:
-            messages, reason = row_messages(row, args.problem_column, args.generation_column, system_prompt_text(args.system_prompt))
+            messages, reason = row_messages(row, args.problem_column, args.generation_column,
+                                            system_prompt_text(args.system_prompt))
         if reason is not None:
             print(f"--- row {number}: dropped, {reason}\n")
             continue
@@ -1164,7 +1189,7 @@ def show_parser():
     parser.add_argument("--split", default="train")
     parser.add_argument("--model_name_or_path", required=True, help="folder or hub id whose tokenizer is used")
     parser.add_argument("--chat_template", default="tokenizer", help="tokenizer, open_r1_roles or a Jinja file")
-    parser.add_argument("--system_prompt", default="sft", help=f"one of {', '.join(SYSTEM_PROMPTS)}, or the text itself")
+    parser.add_argument("--system_prompt", default="sft", help=f"one of {', '.join(SYSTEM_PROMPTS)}, or the text")
     parser.add_argument("--problem_column", default="problem")
     parser.add_argument("--generation_column", default="generation")
     parser.add_argument("--loss_on", default="assistant", choices=("assistant", "all", "all_but_eos"))
