@@ -19,12 +19,22 @@ def openr1_row(number, marks, llama="same", complete=None, lengths=None, **colum
     """A row of OpenR1-Math-220k. marks: correctness_math_verify; llama "same" is the column as null."""
     lengths = lengths or [LONG] * len(marks)
     return {
-        "problem": f"OpenR1 problem number {number} about {number * 7} apples", "solution": "none", "answer": str(number),
-        "problem_type": "Algebra", "question_type": "math-word-problem", "source": "olympiads", "uuid": f"uuid-{number}",
+        "problem": f"OpenR1 problem number {number} about {number * 7} apples",
+        "solution": "none",
+        "answer": str(number),
+        "problem_type": "Algebra",
+        "question_type": "math-word-problem",
+        "source": "olympiads",
+        "uuid": f"uuid-{number}",
         "is_reasoning_complete": [True] * len(marks) if complete is None else complete,
         "generations": [trace(n, number, f"g{i}") for i, n in enumerate(lengths)],
-        "correctness_math_verify": marks, "correctness_llama": None if llama == "same" else llama,
-        "finish_reasons": None, "correctness_count": sum(map(bool, marks)), "messages": None, **columns}
+        "correctness_math_verify": marks,
+        "correctness_llama": None if llama == "same" else llama,
+        "finish_reasons": None,
+        "correctness_count": sum(map(bool, marks)),
+        "messages": None,
+        **columns,
+    }
 
 
 def light_row(problem, answer_text):
@@ -104,7 +114,10 @@ FLAGS = ("--a_min_tokens", "30")
 def test_sft_set_row_by_row(tmp_path, word_counter):
     rows, report = build(tmp_path, "fast_math_r1_sft", sft_sources(), *FLAGS)
     assert {tuple(row) for row in rows} == {("problem", "generation", "answer", "source")}
-    found = [(row["source"], row["problem"].split(" about")[0][-2:].strip(), row["answer"], row["generation"][7:10].strip()) for row in rows]
+    found = [
+        (row["source"], row["problem"].split(" about")[0][-2:].strip(), row["answer"], row["generation"][7:10].strip())
+        for row in rows
+    ]
     assert found == [
         ("openr1_long", "0", "0", "g0"),
         ("openr1_moderate", "2", "2", "g0"),
@@ -121,14 +134,29 @@ def test_sft_set_row_by_row(tmp_path, word_counter):
     sources = report["sources"]
     for part in sources.values():
         assert part["rows"] == part["kept"] + sum(part["dropped"].values()), "every row is accounted for once"
-    assert sources["openr1_long"] == {"rows": 13, "kept": 3, "dropped": {
-        "accuracy outside (0.5, 1.0]": 4, "no correct, complete trace": 1, "trace of at most 30 tokens": 2,
-        "duplicate of an earlier problem": 1, "no gold answer": 1, "lists of different lengths": 1}}
+    assert sources["openr1_long"] == {
+        "rows": 13,
+        "kept": 3,
+        "dropped": {
+            "accuracy outside (0.5, 1.0]": 4,
+            "no correct, complete trace": 1,
+            "trace of at most 30 tokens": 2,
+            "duplicate of an earlier problem": 1,
+            "no gold answer": 1,
+            "lists of different lengths": 1,
+        },
+    }
     assert sources["openr1_moderate"]["dropped"]["drawn for openr1_long"] == 1
     assert sources["openr1_hard"]["dropped"] == {
-        "no correct, complete trace": 1, "duplicate of an earlier problem": 1, "gold answer that the grader cannot read": 1}
+        "no correct, complete trace": 1,
+        "duplicate of an earlier problem": 1,
+        "gold answer that the grader cannot read": 1,
+    }
     assert sources["light_r1_stage2"]["dropped"] == {
-        "no boxed answer in the trace": 1, "duplicate of an earlier problem": 1, "conversations is not a question and an answer": 1}
+        "no boxed answer in the trace": 1,
+        "duplicate of an earlier problem": 1,
+        "conversations is not a question and an answer": 1,
+    }
     assert report["rows"] == len(rows) and report["tokens"] == sum(len(row["generation"].split()) for row in rows)
 
 
@@ -136,15 +164,18 @@ def sources_of(rows):
     return {row["problem"].split(" about")[0].split()[-1]: row["source"].removeprefix("openr1_") for row in rows}
 
 
-@pytest.mark.parametrize("flags, gone, new", [
-    (("--correctness", "math_verify"), {"5"}, set()),
-    (("--b_ends", "open"), {"2", "3", "5", "6"}, set()),
-    (("--completeness", "ignore"), {"8"}, {"7"}),  # row 8's short trace is now the one that counts
-    (("--trace_length", "any"), set(), {"1"}),
-    (("--trace_length", "mean"), {"3"}, set()),
-    (("--b_max_accuracy", "1"), set(), {"1"}),
-    (("--a_min_accuracy", "0.8"), set(), set()),  # row 9 moves from a to b
-])
+@pytest.mark.parametrize(
+    "flags, gone, new",
+    [
+        (("--correctness", "math_verify"), {"5"}, set()),
+        (("--b_ends", "open"), {"2", "3", "5", "6"}, set()),
+        (("--completeness", "ignore"), {"8"}, {"7"}),  # row 8's short trace is now the one that counts
+        (("--trace_length", "any"), set(), {"1"}),
+        (("--trace_length", "mean"), {"3"}, set()),
+        (("--b_max_accuracy", "1"), set(), {"1"}),
+        (("--a_min_accuracy", "0.8"), set(), set()),  # row 9 moves from a to b
+    ],
+)
 def test_open_choices_move_the_rows_they_name(tmp_path, word_counter, flags, gone, new):
     only_openr1 = {**sft_sources(), "openr1_hard": [], "light_r1": []}
     (tmp_path / "default").mkdir()
@@ -152,7 +183,9 @@ def test_open_choices_move_the_rows_they_name(tmp_path, word_counter, flags, gon
     only_openr1["openr1_hard"] = [openr1_row(99, [True])]
     default = sources_of(build(tmp_path / "default", "fast_math_r1_sft", only_openr1, *FLAGS)[0])
     other = sources_of(build(tmp_path / "other", "fast_math_r1_sft", only_openr1, *FLAGS, *flags)[0])
-    if flags[0] == "--trace_length" and flags[1] == "mean":  # mean of row 3's three correct traces: still b, now long enough for a
+    if (
+        flags[0] == "--trace_length" and flags[1] == "mean"
+    ):  # mean of row 3's three correct traces: still b, now long enough for a
         assert default["3"] == "moderate" and other["3"] == "long"
         return
     assert set(default) - set(other) == gone and set(other) - set(default) == new
@@ -174,7 +207,9 @@ def test_draw_is_stable_seeded_and_uniform():
     drawn = {keys[number] for number in data.draw(keys, 500, 2025, "a")}
     assert len(drawn) == 500
     turned = {1999 - number: key for number, key in keys.items()}
-    assert {turned[number] for number in data.draw(turned, 500, 2025, "a")} == drawn, "the order of the source does not matter"
+    assert {turned[number] for number in data.draw(turned, 500, 2025, "a")} == drawn, (
+        "the order of the source does not matter"
+    )
     assert {keys[number] for number in data.draw(keys, 500, 1, "a")} != drawn
     assert {keys[number] for number in data.draw(keys, 500, 2025, "b")} != drawn
     more = keys | {number: data.digest(f"problem {number}") for number in range(2000, 2100)}
@@ -194,11 +229,15 @@ def test_drawing_b_from_the_remainder_of_a(tmp_path, word_counter):
     assert (kept["openr1_long"], kept["openr1_moderate"]) == (10, 20)
     rows, report = build(tmp_path, "fast_math_r1_sft", sources, *flags, "--a_b_overlap", "independent")
     kept = {name: part["kept"] for name, part in report["sources"].items()}
-    assert kept["openr1_long"] == 10 and kept["openr1_moderate"] < 20, "independent draws overlap and deduplication takes b's copies"
+    assert kept["openr1_long"] == 10 and kept["openr1_moderate"] < 20, (
+        "independent draws overlap and deduplication takes b's copies"
+    )
 
 
 def test_grpo_set(tmp_path, word_counter):
-    light = [light_row(f"Problem {i} of many", trace(5, i)) for i in range(20)] + [light_row("Problem 3  of many", trace(5, 3))]
+    light = [light_row(f"Problem {i} of many", trace(5, i)) for i in range(20)] + [
+        light_row("Problem 3  of many", trace(5, 3))
+    ]
     rows, report = build(tmp_path, "fast_math_r1_grpo", {"light_r1": light})
     assert [row["answer"] for row in rows] == [str(i) for i in range(20)]
     assert set(rows[0]) == {"problem", "answer", "source"}
@@ -211,31 +250,73 @@ def test_open_rs_sets(tmp_path):
 
     s1 = [row("s1", 0, "0"), row("s1", 1, None), row("s1", 2, 2.0), {"problem": None, "solution": "", "answer": "1"}]
     rows, report = build(tmp_path, "open_rs1", {"open_s1": s1})
-    assert [(row["answer"], row["solution"]) for row in rows] == [("0", "thus \\boxed{0}"), ("1", "thus \\boxed{1}"), ("2", "thus \\boxed{2}")]
+    assert [(row["answer"], row["solution"]) for row in rows] == [
+        ("0", "thus \\boxed{0}"),
+        ("1", "thus \\boxed{1}"),
+        ("2", "thus \\boxed{2}"),
+    ]
     assert report["sources"]["open_s1"]["dropped"] == {"no problem text": 1}
     assert len(build(tmp_path, "open_rs2", {"open_rs": s1[:2]})[0]) == 2
     hard = [row("deep", i, str(i)) for i in range(3)]
     raw = [row("deep", i, str(i)) for i in range(6)]
-    rows, _ = build(tmp_path, "open_rs2", {"open_s1": s1, "open_deepscaler": hard, "deepscaler": raw}, "--open_rs2_from", "parts")
+    rows, _ = build(
+        tmp_path, "open_rs2", {"open_s1": s1, "open_deepscaler": hard, "deepscaler": raw}, "--open_rs2_from", "parts"
+    )
     assert {row["problem"] for row in rows if row["level"] == "Easy"} == {f"deep problem {i}" for i in (3, 4, 5)}
     assert sum(row["level"] == "Hard" for row in rows) == 6
 
 
-@pytest.mark.parametrize("value, text", [
-    (27.0, "27"), ("27.0", "27"), (-3.0, "-3"), (0.5, "0.5"), (5, "5"), ("5", "5"), (1e20, "100000000000000000000"), (1e-7, "0.0000001"),
-    ("3.10", "3.10"), ("\\frac{1}{2}", "\\frac{1}{2}"), (None, None), ("", None), (True, None), (float("nan"), None)])
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (27.0, "27"),
+        ("27.0", "27"),
+        (-3.0, "-3"),
+        (0.5, "0.5"),
+        (5, "5"),
+        ("5", "5"),
+        (1e20, "100000000000000000000"),
+        (1e-7, "0.0000001"),
+        ("3.10", "3.10"),
+        ("\\frac{1}{2}", "\\frac{1}{2}"),
+        (None, None),
+        ("", None),
+        (True, None),
+        (float("nan"), None),
+    ],
+)
 def test_gold_text(value, text):
     assert data.gold_text(value) == text
 
 
 def test_rows_that_no_recipe_can_use_are_counted(tmp_path):
-    (tmp_path / "light.jsonl").write_bytes(b'{"conversations": 3}\n{broken\n\xff\n' + json.dumps(light_row("a \ud800 b", trace(1))).encode()
-                                           + b"\n" + json.dumps(light_row("fine", trace(1))).encode() + b"\n")
-    arguments = ["--recipe", "fast_math_r1_grpo", "--output", str(tmp_path / "o.jsonl"), "--light_r1", str(tmp_path / "light.jsonl")]
+    (tmp_path / "light.jsonl").write_bytes(
+        b'{"conversations": 3}\n{broken\n\xff\n'
+        + json.dumps(light_row("a \ud800 b", trace(1))).encode()
+        + b"\n"
+        + json.dumps(light_row("fine", trace(1))).encode()
+        + b"\n"
+    )
+    arguments = [
+        "--recipe",
+        "fast_math_r1_grpo",
+        "--output",
+        str(tmp_path / "o.jsonl"),
+        "--light_r1",
+        str(tmp_path / "light.jsonl"),
+    ]
     data.build(data.build_parser().parse_args(arguments))
     report = json.loads((tmp_path / "o.jsonl.report.json").read_text())
-    assert report["sources"]["light_r1_stage2"] == {"rows": 5, "kept": 1, "dropped": {
-        "conversations is not a question and an answer": 1, "not JSON": 1, "not UTF-8": 1, "not valid Unicode": 1}}
+    assert report["sources"]["light_r1_stage2"] == {
+        "rows": 5,
+        "kept": 1,
+        "dropped": {
+            "conversations is not a question and an answer": 1,
+            "not JSON": 1,
+            "not UTF-8": 1,
+            "not valid Unicode": 1,
+        },
+    }
 
 
 def test_command_line_refuses_in_one_line(tmp_path, demo):
@@ -265,29 +346,40 @@ def test_real_tokenizer_counts(demo, tokenizer):
 # ---------------------------------------------------------------------------------------------------------------------
 # Decontamination
 # ---------------------------------------------------------------------------------------------------------------------
-WALK = ("Every morning Aya goes for a $9$-kilometer-long walk and stops at a coffee shop afterwards. When she walks at a constant "
-        "speed of $s$ kilometers per hour, the walk takes her 4 hours.")
+WALK = (
+    "Every morning Aya goes for a $9$-kilometer-long walk and stops at a coffee shop afterwards. When she walks at "
+    "a constant speed of $s$ kilometers per hour, the walk takes her 4 hours."
+)
 SHORT_SUM = "Compute $3+4$."
 ENDING = "can be written as $\\frac{m}{n}$, where $m$ and $n$ are relatively prime positive integers. Find $m+n$."
-BENCHMARK = [WALK, SHORT_SUM, "Find $\\dfrac{1}{2} + x$ if  $x = 5$", "A frog jumps on lily pads; its chance to drown " + ENDING]
+BENCHMARK = [
+    WALK,
+    SHORT_SUM,
+    "Find $\\dfrac{1}{2} + x$ if  $x = 5$",
+    "A frog jumps on lily pads; its chance to drown " + ENDING,
+]
 
 
-@pytest.mark.parametrize("problem, benchmark", [
-    (WALK, 0),
-    (WALK.upper().replace("$", ""), 0),
-    ("As in the contest: every morning Aya goes for a 9 - kilometer - long walk and stops at a coffee shop. Where is she?", 0),
-    ("COMPUTE  $3 + 4$", 1),
-    ("Find \\(\\frac{1}{2}+x\\) if $x=5$.", None),  # \( \) are signs, not layout that is known here
-    ("find $\\tfrac{1}{2}+x$ if $x=5$.", 2),
-    ("Compute $3-4$.", None),  # one sign makes another problem
-    ("Compute $3+4$ and then $5$.", None),
-    ("Every morning Aya goes for a 9 kilometer long walk and stops", None),  # 12 words
-    ("Every morning Aya goes for a 9 kilometer long walk and stops at", 0),  # 13 words
-    ("Every morning Bob goes for a 9 kilometer long walk and stops at a shop", None),
-    ("The radius of the smaller circle " + ENDING, None),  # the stock ending of a contest is no copy
-    ("The frog's chance to drown " + ENDING, 3),
-    ("", None), ("...", None),
-])
+@pytest.mark.parametrize(
+    "problem, benchmark",
+    [
+        (WALK, 0),
+        (WALK.upper().replace("$", ""), 0),
+        ("A contest: every morning Aya goes for a 9 - kilometer - long walk and stops at a coffee shop.", 0),
+        ("COMPUTE  $3 + 4$", 1),
+        ("Find \\(\\frac{1}{2}+x\\) if \\[x=5\\].", 2),
+        ("find $\\tfrac{1}{2}+x$ if $x=5$.", 2),
+        ("Compute $3-4$.", None),  # one sign makes another problem
+        ("Compute $3+4$ and then $5$.", None),
+        ("Every morning Aya goes for a 9 kilometer long walk and stops", None),  # 12 words
+        ("Every morning Aya goes for a 9 kilometer long walk and stops at", 0),  # 13 words
+        ("Every morning Bob goes for a 9 kilometer long walk and stops at a shop", None),
+        ("The radius of the smaller circle " + ENDING, None),  # the stock ending of a contest is no copy
+        ("The frog's chance to drown " + ENDING, 3),
+        ("", None),
+        ("...", None),
+    ],
+)
 def test_planted_overlaps_are_found_and_near_misses_left(problem, benchmark):
     (hit,) = data.contamination([problem], BENCHMARK)
     assert (hit and hit[0]) == benchmark
@@ -297,7 +389,7 @@ def test_words_and_position_do_not_matter():
     words = [f"word{i}" for i in range(60)]
     benchmark = " ".join(words)
     for start in (0, 20, 47):
-        shared = " ".join(words[start:start + 13])
+        shared = " ".join(words[start : start + 13])
         assert data.contamination([f"before that {shared} and after"], [benchmark])[0][1] == shared
     assert data.contamination([" ".join(words[:12]) + " other " + " ".join(words[13:25])], [benchmark]) == [None]
     assert data.contamination([" ".join(words[:12]) + " other"], [benchmark], n=8) != [None]
@@ -309,7 +401,12 @@ def test_build_removes_and_lists_overlaps(tmp_path, word_counter):
     write(benchmarks / "walks.json", [{"problem": "another"}, {"problem": WALK, "answer": 204}])
     write(benchmarks / "sums.jsonl", [{"question": SHORT_SUM}])
     write(benchmarks / "sums_train.jsonl", [{"question": "fine"}])  # no benchmark
-    light = [light_row("fine", trace(1)), light_row(WALK + " Find s.", trace(1)), light_row("compute $3 + 4$", trace(1)), light_row("ok", trace(1))]
+    light = [
+        light_row("fine", trace(1)),
+        light_row(WALK + " Find s.", trace(1)),
+        light_row("compute $3 + 4$", trace(1)),
+        light_row("ok", trace(1)),
+    ]
     rows, report = build(tmp_path, "fast_math_r1_grpo", {"light_r1": light}, "--benchmark_dir", benchmarks)
     assert [row["problem"] for row in rows] == ["fine", "ok"]
     assert report["benchmark_problems"] == 3
@@ -321,10 +418,14 @@ def test_guard_warns_at_load_time(tmp_path, capsys):
     benchmarks = tmp_path / "benchmarks"
     benchmarks.mkdir()
     write(benchmarks / "walks.json", [{"problem": WALK}])
-    train = write(tmp_path / "train.jsonl", [{"problem": "fine"}, {"problem": WALK}, light_row(WALK, "x"), {"problem": 3}, {}])
+    train = write(
+        tmp_path / "train.jsonl", [{"problem": "fine"}, {"problem": WALK}, light_row(WALK, "x"), {"problem": 3}, {}]
+    )
     assert data.warn_of_contamination(str(train), str(benchmarks)) == 2
     printed = capsys.readouterr()
-    assert "WARNING" in printed.err and "2 rows" in printed.err and "row 1 is walks:0" in printed.err and printed.out == ""
+    assert (
+        "WARNING" in printed.err and "2 rows" in printed.err and "row 1 is walks:0" in printed.err and printed.out == ""
+    )
     assert data.warn_of_contamination("demo", str(benchmarks)) == 0
     assert "none overlaps" in capsys.readouterr().out
     assert data.warn_of_contamination(str(train), "") == 0
