@@ -45,6 +45,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,6 +259,9 @@ class Engine:
             self._llm_arguments["skip_tokenizer_init"] = True
         if on_cpu:
             kv_cache_gb = 0.25 if kv_cache_gb is None else kv_cache_gb
+            # A prompt cut in two by the scheduler rewinds its seeded generator, which a CPU generator cannot do (vLLM
+            # 0.32 dies with "CPU Generator does not use offset"): prompts are prefilled whole.
+            self._llm_arguments.update(enable_chunked_prefill=False, max_num_batched_tokens=max(4096, max_model_len))
         else:
             self._llm_arguments.update(gpu_memory_utilization=gpu_memory_utilization, enable_sleep_mode=sleep_mode)
         if kv_cache_gb is not None:
@@ -266,7 +270,7 @@ class Engine:
         self._environment = _child_environment(model_path, tensor_parallel_size, devices, threads, on_cpu)
 
         self.version, self._weights_folder = 0, None     # None: still on model_path's own weights
-        self.restarts, self._was_ready, self._calls, self._generating = 0, False, 0, False
+        self.restarts, self._has_answered, self._calls, self._generating = 0, False, 0, False
         self._can_sleep = sleep_mode and not on_cpu
         self.max_model_len, self.max_restarts = max_model_len, max_restarts
         self.start_timeout, self.stall_timeout = start_timeout, stall_timeout
@@ -409,6 +413,7 @@ class Engine:
             if answer["call"] == call:
                 if "refused" in answer:
                     raise EngineError(f"the engine refused the request: {answer['refused']}")
+                self._has_answered |= call > 0                   # 0 is "ready"
                 return answer
 
     def _call(self, request: dict) -> dict:
@@ -436,32 +441,30 @@ class Engine:
         self._ready, self._start_deadline = False, time.monotonic() + self.start_timeout
         with theirs, open(self.log_file, "ab") as log:
             self._log_start = log.tell()
+            _send(self._connection, self._llm_arguments)         # fits the socket's buffer: never blocks
             self._process = subprocess.Popen(
                 [sys.executable, "-P", os.path.abspath(__file__), "--serve", str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment,
                 pass_fds=[theirs.fileno()], start_new_session=True)      # its own group: killed as one
-        _send(self._connection, self._llm_arguments)                     # fits the socket's buffer: never blocks
 
     def _wait_until_ready(self) -> None:
         """Wait for the child to come up; after a restart put it back on the last complete weights."""
         if self._ready:
             return
-        try:
-            self._answer(0, self._start_deadline)
-        except _EngineDied as death:
-            # A bad flag or model fails the same way each time: say so at once. What ran before is worth another try.
-            if not self._was_ready and (self._process.poll() or 0) > 0:
-                raise EngineError(f"the engine could not start ({death}){self._log_tail()}") from None
-            raise
-        self._ready = self._was_ready = True
+        self._answer(0, self._start_deadline)
         if self._weights_folder:
             call = self._ask(dict(op="load", folder=self._weights_folder, version=self.version))
             answer = self._answer(call, time.monotonic() + self.stall_timeout)
             if answer["version"] != self.version:
                 raise StaleWeightsError(f"restarted engine holds version {answer['version']}, not {self.version}")
+        self._ready = True
 
     def _restart(self, death: _EngineDied) -> None:
         self._kill()
+        # A bad flag or model fails the same way each time: say so at once. An engine that has worked, or that somebody
+        # else killed (a negative code), is worth another try.
+        if not self._has_answered and self._process.returncode > 0:
+            raise EngineError(f"the engine could not start or answer its first request ({death}){self._log_tail()}")
         if self.restarts >= self.max_restarts:
             raise EngineError(f"the engine died ({death}) and its {self.max_restarts} restarts are used up "
                               f"(--max_engine_restarts){self._log_tail()}") from death
@@ -552,8 +555,9 @@ def _serve(descriptor: int, trainer_pid: int) -> None:
             outbox.put(answer)                   # for a cancel that came after the last sample, too: nobody waits
     except EOFError:
         pass                                     # the trainer is done with us
-    finally:
-        connection.close()                       # now, not after vLLM's teardown: the trainer learns of a death at once
+    except BaseException:  # noqa: BLE001  (it ends the process)
+        traceback.print_exc()
+        os._exit(1)                              # at once: vLLM's own teardown may hang, and the guard cleans up
 
 
 def _fork_guard(descriptor: int, trainer_pid: int) -> None:
