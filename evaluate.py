@@ -153,7 +153,7 @@ def pass_at_k(n, c, k):
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)     # exact integers up to the division: nothing overflows
+    return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)     # exact integers up to the one division
 
 
 same_vote = lru_cache(maxsize=1 << 17)(reward_lib.is_equal)     # the same few strings are compared at every budget
