@@ -832,7 +832,7 @@ def make_example(row, problem, answer, traces, args, **facts):
     if problem is None:
         return None, "no problem text"
     try:
-        "".join([problem, *traces]).encode()
+        "".join([problem, str(answer), facts.get("solution", ""), *traces]).encode()
     except UnicodeEncodeError:
         return None, "not valid Unicode"
     gold = gold_text(answer)
@@ -1113,6 +1113,9 @@ def build(args):
     output = Path(args.output)
     if output.suffix not in (".jsonl", ".parquet"):
         raise DataError(f"--output {output}: the name must end in .jsonl or .parquet")
+    for flag, least in (("a_rows", 0), ("b_rows", 0), ("ngram", 1)):
+        if getattr(args, flag) < least:
+            raise DataError(f"--{flag} {getattr(args, flag)} must be at least {least}")
     parts = recipe_parts(args)
     options = {name: value for name, value in sorted(vars(args).items()) if name not in ("output", "dry_run")}
     if args.dry_run:
