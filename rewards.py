@@ -10,9 +10,9 @@ The method, in the order of the code below:
     3. numbers      1200, 1,200.50, .5, 1.2e5 are exact Fractions, never floats
     4. structure    lists, sets, tuples, intervals, matrices, relations, ratios, bases, words: compared part by part
     5. reader       a recursive-descent reader of LaTeX (and of what people type instead) makes the tree
-    6. identity     two expressions are equal if they agree at random points: exactly where all is rational, else to 30 of
-                    50 digits. f = g at a random point has probability ~ 0 unless f = g everywhere (Schwartz 1980)
-    7. rewards      accuracy, format, cosine, length, repetition, soft overlong: the recipes' formulas, oddities as options
+    6. identity     two expressions are equal if they agree at random points: exactly where all is rational, else to 30
+                    of 50 digits. f = g at a random point has probability ~ 0 unless f = g everywhere (Schwartz 1980)
+    7. rewards      accuracy, format, cosine, length, repetition, soft overlong: the recipes' formulas and oddities
     8. workers      a user's own reward function is not bounded, so it runs in processes that can be killed
     9. regrade      the command above
 
@@ -23,8 +23,8 @@ reward, the evaluation and the majority vote.
 
 What counts as equal (tested in tests/test_grading.py):
 
-    the last box counts, even inside an unclosed <think>; no box, an empty or an unclosed one is no answer, and neither is
-        text, \fbox or \boxed 5
+    the last box counts, even inside an unclosed <think>; no box, an empty or an unclosed one is no answer, and neither
+        is text, \fbox or \boxed 5
     units, $, degrees and % may be left out (10 = 10%, but 28% is not 0.28); another unit is another answer
     x = 5 is 5 and y = 2x + 3 is 2x + 3, but neither is z = 5 or 2t + 3
     \{1,2\} = 1,2 in any order; (1,2) and [1,2] are neither that nor each other; matrices may use any bracket
@@ -119,62 +119,68 @@ def braced(text, start, limit, end=None):
 #    kinds: num 12.5 | let x | cmd frac | sym + | word cm | begin, end pmatrix;  spaced: a blank stood before
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Characters people use for commands: "character command" pairs.
-UNICODE = {pair[0]: f"\\{pair[1:]} " for pair in """×times ·cdot ⋅cdot ∙cdot •cdot ±pm ∓mp ≤le ⩽le ≦le ≥ge ⩾ge ≧ge ≠ne ≈approx
-    ≅approx ∞infty ∪cup ∩cap ∈in ∅emptyset Øemptyset ∖setminus ⌊lfloor ⌋rfloor ⌈lceil ⌉rceil ⟨langle ⟩rangle 〈langle 〉rangle
-    ∠angle △triangle …dots ⋯dots →to ⇒Rightarrow ∼sim ≡equiv ϵepsilon ϕphi ∆Delta µmu √sqrt ℝmathbb{R} ℤmathbb{Z} ℕmathbb{N}
-    ℚmathbb{Q} ℂmathbb{C} ½frac12 ⅓frac13 ⅔frac23 ¼frac14 ¾frac34 ⅕frac15 ⅖frac25 ⅗frac35 ⅘frac45 ⅙frac16 ⅚frac56 ⅛frac18
-    ⅜frac38 ⅝frac58 ⅞frac78 ∛sqrt[3] ¢text{cents}""".split()}
-GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi omega".split()
+# Characters people use for commands: "character command" pairs, then characters that only look different.
+UNICODE = {pair[0]: f"\\{pair[1:]} " for pair in """
+    ×times ·cdot ⋅cdot ∙cdot •cdot ±pm ∓mp ≤le ⩽le ≦le ≥ge ⩾ge ≧ge ≠ne ≈approx ≅approx ∞infty ∪cup ∩cap ∈in ∅emptyset
+    Øemptyset ∖setminus ⌊lfloor ⌋rfloor ⌈lceil ⌉rceil ⟨langle ⟩rangle 〈langle 〉rangle ∠angle △triangle …dots ⋯dots →to
+    ⇒Rightarrow ∼sim ≡equiv ϵepsilon ϕphi ∆Delta µmu ΩOmega √sqrt ∛sqrt[3] ℝmathbb{R} ℤmathbb{Z} ℕmathbb{N} ℚmathbb{Q}
+    ℂmathbb{C} ¢text{cents} ½frac12 ⅓frac13 ⅔frac23 ¼frac14 ¾frac34 ⅕frac15 ⅖frac25 ⅗frac35 ⅘frac45 ⅙frac16 ⅚frac56
+    ⅛frac18 ⅜frac38 ⅝frac58 ⅞frac78""".split()}
+GREEK = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi
+    omega""".split()
 for _name in GREEK:
     _letter = unicodedata.lookup(f"GREEK SMALL LETTER {_name.replace('lambda', 'lamda')}")
     UNICODE |= {_letter: f"\\{_name} ", _letter.upper(): f"\\{_name.capitalize()} "}
-UNICODE |= dict(zip("∗÷∕⁄−–—‐‑﹣′’‘∧∨、，；：。％﹪º˚Ω", "*///-----''',,,,;:.%%°°Ω", strict=False)) | {"″": "''", "Ω": r"\Omega "}
-UNICODE |= dict.fromkeys("\t\n\r\v\f\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " ")
+UNICODE |= dict(zip("∗÷∕⁄−–—‐‑﹣′’‘∧∨、，；：。％﹪º˚", "*///-----''',,,,;:.%%°°", strict=False)) | {"″": "''"}
+UNICODE |= dict.fromkeys("\t\n\r\v\f\u00a0\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200b))), " ")
 UNICODE |= dict.fromkeys("\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\ufeff\u00ad€£¥₹", "")
 UNICODE = str.maketrans(UNICODE)
-RAISED, LOWERED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n"), str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ", "0123456789+-()n")
+RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
+LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ", "0123456789+-()n")
 
 # Commands that mean the same: "name: its spellings".
 ALIASES = {spelling: line.split()[0] for line in r"""
-    frac dfrac tfrac cfrac nicefrac sfrac; binom dbinom tbinom; ge geq geqslant geqq; le leq leqslant leqq; ne neq; < lt; > gt
-    * cdot times ast bullet; / div; | lvert rvert vert mid; { lbrace; } rbrace; [ lbrack; ] rbrack; ( lparen; ) rparen; : colon
-    emptyset varnothing; approx cong simeq doteq; setminus smallsetminus backslash; % percent; ° degree textdegree
-    , land wedge lor vee; dots ldots cdots dotsc dotsb; epsilon varepsilon; theta vartheta; phi varphi; rho varrho; sigma varsigma
-    arcosh arccosh; arsinh arcsinh; artanh arctanh; tan tg; cot ctg; csc cosec; arctan arctg; to rightarrow; implies Rightarrow
-    """.replace("\n", ";").split(";") if line.split() for spelling in line.split()[1:]} | {"%": "%"}
+    frac dfrac tfrac cfrac nicefrac sfrac; binom dbinom tbinom; ge geq geqslant geqq; le leq leqslant leqq; ne neq; < lt
+    > gt; * cdot times ast bullet; / div; | lvert rvert vert mid; { lbrace; } rbrace; [ lbrack; ] rbrack; ( lparen
+    ) rparen; : colon; , land wedge lor vee; % percent; ° degree textdegree; dots ldots cdots dotsc dotsb
+    emptyset varnothing; approx cong simeq doteq; setminus smallsetminus backslash; to rightarrow; implies Rightarrow
+    epsilon varepsilon; theta vartheta; phi varphi; rho varrho; sigma varsigma; arcosh arccosh; arsinh arcsinh
+    artanh arctanh; tan tg; cot ctg; csc cosec; arctan arctg""".replace("\n", ";").split(";")
+           for spelling in line.split()[1:]} | {"%": "%"}
 SYMBOLS = set("<>*/|[]():%°,")  # aliases that are plain symbols; { and } stay commands: they are the set braces \{ \}
-SPACING = set(r""", ; : ! > # & quad qquad left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr middle displaystyle
-    textstyle scriptstyle limits nolimits thinspace medspace thickspace negthinspace enspace space allowbreak hfill noindent
-    strut mathstrut rm bf it pounds euro textdollar boxed ensuremath""".split()) | {" "}
-DROPPED = {"hspace", "hspace*", "vspace", "phantom", "hphantom", "vphantom", "label", "tag", "color"}  # with their argument
-PROSE = {"text", "textbf", "textit", "textrm", "textsf", "texttt", "textnormal", "textup", "mbox", "hbox", "emph", "underline"}
-FONTS = {"mathrm", "mathbf", "mathit", "mathsf", "mathtt", "boldsymbol", "bm", "operatorname", "mathcal", "mathscr", "mathfrak", "mathbb"}
+SPACING = set(""", ; : ! > # & quad qquad left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr
+    middle displaystyle textstyle scriptstyle limits nolimits thinspace medspace thickspace negthinspace enspace space
+    allowbreak hfill noindent strut mathstrut rm bf it pounds euro textdollar boxed ensuremath""".split()) | {" "}
+DROPPED = set("hspace hspace* vspace phantom hphantom vphantom label tag color".split())  # with their argument
+PROSE = set("text textbf textit textrm textsf texttt textnormal textup mbox hbox emph underline".split())
+FONTS = set("""mathrm mathbf mathit mathsf mathtt boldsymbol bm operatorname mathcal mathscr mathfrak mathbb""".split())
 TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc"}
 FUNCTIONS = TRIGONOMETRIC | {f"arc{name}" for name in TRIGONOMETRIC} | {
     "sinh", "cosh", "tanh", "coth", "arsinh", "arcosh", "artanh", "ln", "log", "lg", "exp"}
-LETTERS = {"triangle", "angle", "hbar", "ell", "odot", "dots", "star", "mho", "nabla"} | set(GREEK) | {g.capitalize() for g in GREEK}
+LETTERS = {*GREEK, *(name.capitalize() for name in GREEK), *"triangle angle hbar ell odot dots star mho nabla".split()}
+LETTERS -= {"pi"}
 # Commands often typed without their backslash.
 TYPED = {name: name for name in FUNCTIONS | {"sqrt", "pi", "infty", "theta", "alpha", "beta", "cup", "cap"}} | {
     "inf": "infty", "infinity": "infty", "oo": "infty", "asin": "arcsin", "acos": "arccos", "atan": "arctan"}
-# Units: "name spellings;". Only units of this list can contradict each other; other words after a number mean nothing.
+# Units: "name spellings". Only units of this list can contradict each other; other words after a number mean nothing.
 UNITS = {spelling: line.split()[0] for line in """
-    mm millimeter millimeters; cm centimeter centimeters centimetre centimetres; km kilometer kilometers kilometre kilometres
-    m meter meters metre metres; nm nanometer nanometers; in inch inches; ft foot feet; yd yard yards; mi mile miles; kcal; eV
-    mg milligram milligrams; kg kilogram kilograms; g gram grams; lb lbs pound pounds; oz ounce ounces; ton tons; acre acres
-    ml mL milliliter milliliters; L l liter liters litre litres; gallon gallons gal; quart quarts; cup cups; s sec secs second seconds
-    min mins minute minutes; h hr hrs hour hours; day days; week weeks; month months; yr yrs year years; Hz hertz; kHz kilohertz
-    MHz megahertz; J joule joules; kJ kilojoule kilojoules; N newton newtons; Pa pascal pascals; W watt watts; kW kilowatt kilowatts
-    V volt volts; A amp amps ampere amperes; ohm ohms; K kelvin kelvins; C celsius; F fahrenheit; mol mole moles; deg degree degrees
-    rad radian radians; % percent; dollar dollars usd USD; cent cents; euro euros; am; pm""".replace("\n", ";").split(";")
+    mm millimeter millimeters; cm centimeter centimeters centimetre centimetres; m meter meters metre metres
+    nm nanometer nanometers; km kilometer kilometers kilometre kilometres; in inch inches; ft foot feet; yd yard yards
+    mi mile miles; mg milligram milligrams; kg kilogram kilograms; g gram grams; lb lbs pound pounds; oz ounce ounces; ton tons
+    ml mL milliliter milliliters; L l liter liters litre litres; gallon gallons gal; quart quarts; cup cups; acre acres
+    s sec secs second seconds; min mins minute minutes; h hr hrs hour hours; day days; week weeks; month months; am; pm
+    yr yrs year years; Hz hertz; kHz kilohertz; MHz megahertz; J joule joules; kJ kilojoule kilojoules; N newton newtons
+    Pa pascal pascals; W watt watts; kW kilowatt kilowatts; V volt volts; A amp amps ampere amperes; ohm ohms; eV; kcal
+    K kelvin kelvins; C celsius; F fahrenheit; mol mole moles; deg degree degrees; rad radian radians; % percent
+    dollar dollars usd USD; cent cents; euro euros""".replace("\n", ";").split(";")
          if line.split() for spelling in line.split()}
 # Words that may follow a number without \text.
-TYPED_UNITS = set(UNITS) | set("""mph unit units people students ways dogs points times marbles apples books cars integers values pairs solutions
-    th st nd rd sq square cubic per edges vertices numbers old coins games balls cards tickets pieces triangles children men women boys
-    girls AU pc ly angstrom angstroms arcsec erg ergs pF uF kV mV mA mW MW""".split())
-NUMBER_WORDS = {word: Fraction(n) for n, word in enumerate("""zero one two three four five six seven eight nine ten eleven twelve thirteen
-    fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split())}
-MULTIPLIERS = {word: Fraction(10) ** n for word, n in (("hundred", 2), ("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))}
+TYPED_UNITS = set(UNITS) | set("""mph unit units people students ways dogs points times marbles apples books cars
+    integers values pairs solutions th st nd rd sq square cubic per edges vertices numbers old coins games balls cards tickets
+    pieces triangles children men women boys girls AU pc ly angstrom angstroms arcsec erg ergs""".split())
+NUMBER_WORDS = {word: Fraction(n) for n, word in enumerate("""zero one two three four five six seven eight nine ten
+    eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split())}
+MULTIPLIERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # powers of ten
 
 TOKEN = re.compile(r"(?P<space> +|~|\")|(?P<num>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,9}(?![0-9.A-Za-z^]))?)"
                    r"|\\(?P<cmd>[A-Za-z]+\*?|.)|(?P<run>[A-Za-z]+)|(?P<sym>[-+*/^_()\[\]{}|!,;:=<>&'%°?])")
@@ -184,7 +190,8 @@ NUMERAL = re.compile(r"(?<![0-9A-Za-z\\])[0-9]*[A-Z]+[0-9][0-9A-Z]*(?=\}? *_ *\{
 MARKED_THOUSANDS = [re.compile(rf"(?<![0-9.])([0-9]{{1,3}})((?:{mark} *[0-9]{{3}})+)(?![0-9])")
                     for mark in (r"\{, *\}", r", *\\!", r"\{, *\\! *\}", r"\\[,;:> ]", "~", "'")]
 # ... and 1,000 or 1 000, outside brackets, where a comma parts the members of a tuple.
-PLAIN_THOUSANDS = re.compile(r"(?<![0-9.])(?<![0-9],)[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9]|,[0-9]| [0-9]| *(?:/|\\frac))")
+PLAIN_THOUSANDS = re.compile(r"(?<![0-9.])(?<![0-9],)[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)"
+                             r"(?![0-9]|,[0-9]| [0-9]| *(?:/|\\frac))")
 # What one regular expression can bring into one form, in this order.
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\?\$|\\(?:left|right) *\.|(?<!\\)\\[()\[\]]", " "),  # delimiters of mathematics, dollars
@@ -212,9 +219,9 @@ def clean(text):
         text = re.sub("[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+", lambda m: "^{" + m[0].translate(RAISED) + "}", text)
         text = re.sub("[₀-₎ₙ]+", lambda m: "_{" + m[0].translate(LOWERED) + "}", text)
         text = re.sub(r"√ *([0-9]+(?:\.[0-9]+)?|[A-Za-z])", r"\\sqrt{\1}", text)
-        text = text.translate(UNICODE)  # then full-width digits and mathematical letters; anything else is refused later
-        text = "".join(unicodedata.normalize("NFKC", c) if "\uff01" <= c <= "\uff5e" or "\U0001d400" <= c <= "\U0001d7ff" else c
-                       for c in text)
+        text = text.translate(UNICODE)
+        # Full-width digits and mathematical letters; anything else is refused later.
+        text = re.sub("[\uff01-\uff5e\U0001d400-\U0001d7ff]", lambda m: unicodedata.normalize("NFKC", m[0]), text)
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
     for marked in MARKED_THOUSANDS:
@@ -277,7 +284,7 @@ def tokenise(text, prose=False):
                 new = [("sym", "\\\\")]
             else:
                 value = ALIASES.get(value, value)
-                new = [("sym" if value in SYMBOLS else "let" if value in LETTERS and value != "pi" else "cmd", value)]
+                new = [("sym" if value in SYMBOLS else "let" if value in LETTERS else "cmd", value)]
         for kind, value in new:
             tokens.append((kind, value, spaced))
             spaced = False
@@ -295,11 +302,11 @@ def styled(command, content, after):
         return [("cmd", name)]
     if re.fullmatch("[0-9A-Z]*[0-9][0-9A-Z]*", name) and re.match(r" *_ *\{?[1-3][0-9]", after):
         return [("num", name)]  # \text{A5}_{11}
-    return [token[:2] for token in tokenise(content, prose=command in PROSE or command in ("mathrm", "operatorname", "mathbf"))]
+    return [token[:2] for token in tokenise(content, prose=command in PROSE | {"mathrm", "operatorname", "mathbf"})]
 
 
 def is_prose(text):
-    r"""Nothing but words, typed without \text: even, two lines, LQSX. Short lower-case runs such as xy stay products."""
+    r"""Nothing but words, typed without \text: even, two lines, LQSX. Short lower-case runs such as xy are products."""
     runs = re.findall("[A-Za-z]+", text)
     return (re.fullmatch("[A-Za-z][A-Za-z ,'-]*(?: [0-9]+)?", text) is not None and not any(r in TYPED for r in runs)
             and any(len(r) > 3 or r.isupper() and len(r) > 1 for r in runs))
@@ -310,10 +317,12 @@ def split_run(run, tokens):
     before = tokens[-1] if tokens else None
     if run in TYPED:
         return [("cmd", TYPED[run])]
-    if run.lower() in ("and", "or") or run == "to" and before and before[0] == "num" or not before and run.lower() in NUMBER_WORDS:
+    if run.lower() in ("and", "or") or run == "to" and before and before[0] == "num" or (
+            not before and run.lower() in NUMBER_WORDS):
         return [("word", run.lower())]
     if before and len(run) > 1 and (run in TYPED_UNITS or run.lower() in TYPED_UNITS or run in MULTIPLIERS) and (
-            before[0] in ("num", "word") or before[1] in (")", "}", "%", "°", "/") or before[0] == "let" and len(run) > 3):
+            before[0] in ("num", "word") or before[1] in (")", "}", "%", "°", "/")
+            or before[0] == "let" and len(run) > 3):
         return [("word", run)]
     for name in ("arcsin", "arccos", "arctan", "sin", "cos", "tan", "ln", "log", "pi"):  # sinx, pir
         if run.startswith(name) and len(run) <= len(name) + 2:
@@ -329,7 +338,7 @@ NUMBER = re.compile(r"([+-]?) *([0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 
 
 def number(digits):
-    """A literal such as 12, .5 or 1.60e-19 as ('num', Fraction, places): places after the point, None for an integer."""
+    """A literal, 12 or .5 or 1.60e-19, as ('num', Fraction, places): places after the point, None for an integer."""
     mantissa, _, exponent = digits.lower().partition("e")
     whole, _, decimals = mantissa.partition(".")
     shift = int(exponent or 0)
@@ -353,7 +362,7 @@ def is_decimal(node):
 
 def stands_for(decimal, value):
     """
-    Does the decimal ('num', Fraction, places) stand for `value`, a Fraction or real mpf not itself written as a decimal?
+    Does the decimal ('num', Fraction, places) stand for `value`, a Fraction or real mpf not written as a decimal?
 
     It must be rounded or cut off at its last place and have 8 significant digits for a fraction, 6 for an irrational
     number; with fewer, 0.3333 would be paid for 1/3 and a guess for its neighbours.
@@ -362,16 +371,17 @@ def stands_for(decimal, value):
     if not 0 <= places <= 60 or (given < 0) != (value < 0):
         return False
     shown = int(abs(given) * 10**places)
-    exact = isinstance(value, Fraction)
+    least, half = (8, Fraction(1, 2)) if exact(value) else (6, 0.5)
     with MP_LOCK:
         scaled = abs(value) * 10**places
-        return len(str(shown)) >= (8 if exact else 6) and shown in (int(scaled), int(scaled + (Fraction(1, 2) if exact else 0.5)))
+        return len(str(shown)) >= least and shown in (int(scaled), int(scaled + half))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Structure: trees compared part by part
-#    Trees are tuples (tag, ...): list, set, tuple, matrix, union, ratio, base, text, unit, rel (relation); pm, mp (+-, -+);
-#    num, var, const, neg, +, *, /, ^, root, fn, call, !, binom, abs, floor, ceil.   p: the prediction, g: the gold answer
+#    Trees are tuples (tag, ...): list, set, tuple, matrix, union, ratio, base, text, unit, rel (relation);
+#    num, var, const, neg, +, *, /, ^, root, fn, call, !, binom, abs, floor, ceil, pm, mp (+-, -+).
+#    p is the prediction, g the gold answer.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -414,8 +424,8 @@ def same_answer(prediction, gold):
 @functools.lru_cache(maxsize=512)
 def read(answer, thousands=True):
     """
-    (tree, tokens) of an answer string: tree None if it is outside the reader's language, tokens None if it cannot even be
-    cleaned. thousands=False takes 1,234 as a list of two, which it may be beside the list 234, 1.
+    (tree, tokens) of an answer string: tree None if it is outside the reader's language, tokens only then, and None if
+    it cannot even be cleaned. thousands=False takes 1,234 as a list of two, which it may be beside the list 234, 1.
     """
     try:
         text = clean(answer)
@@ -433,7 +443,8 @@ def read(answer, thousands=True):
         return None, ungrouped(tokens)
 
 
-CHOICE = re.compile(r"[({ ]*(?:\\(?:text[a-z]*|math[a-z]+) *)?[({ ]*([A-Z])[)} ]*[).:]?[)} ]*")  # A, (A), A), \textbf{(A)}
+# A, (A), A), \textbf{(A)}
+CHOICE = re.compile(r"[({ ]*(?:\\(?:text[a-z]*|math[a-z]+) *)?[({ ]*([A-Z])[)} ]*[).:]?[)} ]*")
 
 
 def ungrouped(tokens):
@@ -514,10 +525,11 @@ def same_each(ps, gs, test=same):
 
 
 def same_members(ps, gs):
-    """Equal as multisets. Equality is transitive but for rounded decimals, so taking the first free partner is enough."""
+    """Equal as multisets. Equality is transitive but for rounded decimals, so the first free partner will do."""
     if len(ps) != len(gs) or len(ps) > MAX_MEMBERS:
         return False
-    p_names, g_names = ({x[2][0] for x in map(without_unit, xs) if x[0] == "rel" and is_name(x[2][0])} for xs in (ps, gs))
+    p_names, g_names = ({x[2][0] for x in map(without_unit, members) if x[0] == "rel" and is_name(x[2][0])}
+                        for members in (ps, gs))
     if len(p_names | g_names) > 1 and p_names != g_names:
         return False  # a = 2, b = 3 is not 2, 3, which does not say whose
     free = list(gs)
@@ -579,7 +591,9 @@ def same_relation(p, g):
         return False
     if same_each(p_sides, g_sides) or set(p_ops) <= {"=", "~", "!="} and same_each(p_sides[::-1], g_sides):
         return True
-    if len(p_ops) != 1 or p_ops[0] not in ("=", "~", "!=", "<", "<=") or {x[0] for x in (*p_sides, *g_sides)} & NO_NUMBERS:
+    if len(p_ops) != 1 or p_ops[0] not in ("=", "~", "!=", "<", "<="):
+        return False
+    if {side[0] for side in (*p_sides, *g_sides)} & NO_NUMBERS:
         return False
     # Equations agree if lhs - rhs is the same up to a constant factor; inequalities if the factor is positive.
     return same_expression(*(("+", (left, ("neg", right))) for left, right in (p_sides, g_sides)),
@@ -602,14 +616,15 @@ def same_relation(p, g):
 
 END = ("stop", "", False)
 RELATIONS = {"=": "=", "<": "<", ">": ">", "le": "<=", "ge": ">=", "ne": "!=", "approx": "~"} | {
-    name: name for name in ("in", "notin", "sim", "equiv", "to", "implies", "iff", "subset", "subseteq", "perp", "parallel", "propto")}
+    name: name for name in "in notin sim equiv to implies iff subset subseteq perp parallel propto".split()}
 TURNED = {">": "<", ">=": "<=", "<": ">", "<=": ">="}
 SEPARATORS = {("sym", ","), ("sym", ";"), ("word", "and"), ("word", "or")}
-CLOSERS = {("sym", ")"), ("sym", "]"), ("sym", "}"), ("sym", "&"), ("sym", "\\\\"), ("cmd", "}"), ("cmd", "rangle"), ("cmd", "rfloor"),
-           ("cmd", "rceil")}
+CLOSERS = {*(("sym", symbol) for symbol in (")", "]", "}", "&", "\\\\")),
+           *(("cmd", name) for name in ("}", "rangle", "rfloor", "rceil"))}
 CONSTANTS = {"pi": ("const", "pi"), "infty": ("const", "inf"), "emptyset": ("set", ())}
 ACCENTS = {"overline", "bar", "vec", "hat", "dot", "ddot", "widehat", "tilde", "overrightarrow"}
 PRIMARIES = FUNCTIONS | ACCENTS | set(CONSTANTS) | {"frac", "binom", "sqrt", "lfloor", "lceil"}
+MIXED = re.compile(r"frac(?:[0-9]|\{[0-9]+\})(?:[0-9]|\{[0-9]+\})")
 UNIT = r"(/ |per )?(square |sq |cubic )?((?!per |square |sq |cubic )[A-Za-z-]+) (?:\^ (- )?([0-9]) )?"
 UNITS_TEXT = re.compile(rf"(?:(?:\* |of )?{UNIT})+|(?:square |cubic )")
 
@@ -734,7 +749,7 @@ class Reader:
         return terms[0] if len(terms) == 1 else ("+", tuple(terms))
 
     def words(self):
-        """An item of nothing but words, as ('text', its letters); one that says a number or is one letter is just that."""
+        """An item of nothing but words, as ('text', its letters); a lone letter is a variable."""
         end = self.end_of_item()
         words = [token[1] for token in self.tokens[self.at:end]]
         if any(token[0] not in ("word", "num") for token in self.tokens[self.at:end]):
@@ -753,7 +768,7 @@ class Reader:
                 node = (product if value == "*" else quotient)(node, self.signed_power())
             elif kind == "word" and value.lower() in MULTIPLIERS:
                 self.at += 1
-                node = product(node, ("num", MULTIPLIERS[value.lower()], None))
+                node = product(node, integer(10 ** MULTIPLIERS[value.lower()]))
             elif self.starts_factor() and not (kind == "word" and self.units()):
                 if kind == "num" and self.tokens[self.at - 1][1] not in (")", "]"):
                     raise Unreadable("a number after a factor")
@@ -762,7 +777,7 @@ class Reader:
                 return node
 
     def units(self):
-        """Read the units that end the item, as name^power: cm, square cm, kcal m^-2 yr^-1, miles / hour. False if none do."""
+        """Read the units that end the item, if they do: cm, square cm, kcal m^-2 yr^-1, miles / hour, as name^power."""
         end = self.end_of_item()
         text = "".join(f"{part} " for token in self.tokens[self.at:end] for part in token[1].split())
         if end == self.at or not UNITS_TEXT.fullmatch(text):
@@ -771,13 +786,15 @@ class Reader:
         for below, shape, name, minus, digits in re.findall(UNIT, text):
             power = int(digits) if digits else {"": 1, "cubic ": 3}.get(shape, 2)
             powers[UNITS.get(name) or UNITS.get(name.lower())] += -power if below or minus else power
-        self.unit = "?" if None in powers or not powers else " ".join(f"{name}^{power}" for name, power in sorted(powers.items()))
+        known = powers and None not in powers
+        self.unit = " ".join(f"{name}^{power}" for name, power in sorted(powers.items())) if known else "?"
         self.at = end
         return True
 
     def starts_factor(self):
         kind, value, _ = self.peek()
-        return (kind in ("num", "let", "begin") or kind == "word" and len(value) == 1 or kind == "cmd" and value in PRIMARIES
+        return (kind in ("num", "let", "begin") or kind == "word" and len(value) == 1
+                or kind == "cmd" and value in PRIMARIES
                 or kind == "sym" and (value in "([{" or value == "|" and not self.bars))
 
     def signed_power(self):
@@ -830,7 +847,8 @@ class Reader:
             if len(digits) > 1:
                 if len(digits) > 2 or not digits.isdigit():
                     raise Unreadable("an argument of several digits without braces")
-                self.tokens = [*self.tokens[:self.at], ("num", digits[0], spaced), ("num", digits[1], False), *self.tokens[self.at + 1:]]
+                parts = [("num", digits[0], spaced), ("num", digits[1], False)]
+                self.tokens = [*self.tokens[:self.at], *parts, *self.tokens[self.at + 1:]]
             return number(self.take())
         return self.letter(self.take()) if self.sees("let") else self.primary()
 
@@ -922,16 +940,16 @@ class Reader:
 
     def fraction_part(self):
         r"""The fraction of a mixed number, 2\frac14 or 2 1/4, or None."""
-        start, tokens = self.at, self.tokens
-        top = bottom = None
-        if self.took("cmd", "frac"):
+        if MIXED.match("".join(self.values(7))):
+            self.take()
             top, bottom = self.argument(), self.argument()
         elif self.sees("num") and self.peek()[2] and self.peek(1)[1] == "/" and self.peek(2)[0] == "num":
             top, _, bottom = number(self.take()), self.take(), number(self.take())
-        if top and top[0] == bottom[0] == "num" and is_integer(top[1]) and is_integer(bottom[1]) and 0 < top[1] < bottom[1]:
-            return top[1] / bottom[1]
-        self.at, self.tokens = start, tokens
-        return None
+        else:
+            return None
+        if not (is_integer(top[1]) and is_integer(bottom[1]) and 0 < top[1] < bottom[1]):
+            raise Unreadable("a number before a fraction that is not below 1")
+        return top[1] / bottom[1]
 
     def name(self, name):
         """A variable with its index and primes; I(0) and f(x) are read here too."""
@@ -966,7 +984,8 @@ class Reader:
         if self.took("sym", "["):
             index = self.sum()
             self.take("sym", "]")
-        return ("root", number(self.take()) if self.sees("num") else self.argument(), index)  # \sqrt12 as people mean it
+        inside = number(self.take()) if self.sees("num") else self.argument()  # \sqrt12 as people mean it
+        return ("root", inside, index)
 
     def function(self, name):
         power = base = None
@@ -980,7 +999,7 @@ class Reader:
             inside = self.primary()
         else:  # sin 2 pi x takes all factors up to the next function, bracket or operator
             inside = self.signed_power()
-            while self.starts_factor() and not (self.sees("cmd", *FUNCTIONS) or self.sees("sym", "(", "[", "|") or self.sees("num")):
+            while self.starts_factor() and not self.sees("num") and self.peek()[1] not in {"(", "[", "|", *FUNCTIONS}:
                 inside = product(inside, self.power())
         self.trigonometric -= name in TRIGONOMETRIC
         if base is not None and name != "log":
@@ -1142,7 +1161,7 @@ def coordinate(name, k, kind):
 
 
 def evaluate(node, k, kind):
-    """Value at the k-th point: a Fraction while everything is rational, else an mpf or mpc. Raises Refused, Undefined."""
+    """Value at the k-th point: a Fraction while all is rational, else an mpf or mpc. Raises Refused, Undefined."""
     tag, *parts = node
     if tag == "num":
         return node[1]
@@ -1288,21 +1307,23 @@ def floor(x):
 
 
 def function(name, x):
-    if exact(x) and x == (1 if name == "ln" else 0) and name in ("ln", "exp", "sin", "tan", "cos", "sinh", "tanh", "cosh", "arcsin", "arctan"):
-        return Fraction(name in ("exp", "cos", "cosh"))
+    if exact(x) and (name, int(x) if is_integer(x) else None) in EXACT_VALUES:
+        return Fraction(EXACT_VALUES[name, int(x)])
     with MP_LOCK:
         x = inexact(x)
         if name != "ln" and x and MP.mag(x) > (17 if name in ("exp", "sinh", "cosh") else MAX_ARGUMENT_BITS):
             raise Refused("a large argument")
-        method = name.replace("arc", "a") if name.startswith("arc") else name.replace("ar", "a") if name.startswith("ar") else name
         try:
-            return checked(getattr(MP, method)(x))
+            return checked(getattr(MP, re.sub("^arc?", "a", name))(x))
         except (ValueError, ZeroDivisionError) as error:
             raise Undefined("a pole") from error
 
 
-OPERATIONS = {"neg": lambda x: -x, "*": multiply, "/": divide, "^": power, "root": root, "!": factorial, "binom": binomial, "floor": floor,
-              "ceil": lambda x: -floor(-x), "abs": lambda x: abs(x) if exact(x) else checked(MP.fabs(x))}
+EXACT_VALUES = {("ln", 1): 0, ("exp", 0): 1, ("cos", 0): 1, ("cosh", 0): 1, **{
+    (name, 0): 0 for name in ("sin", "tan", "sinh", "tanh", "arcsin", "arctan")}}
+OPERATIONS = {"neg": lambda x: -x, "*": multiply, "/": divide, "^": power, "root": root, "!": factorial,
+              "binom": binomial, "floor": floor, "ceil": lambda x: -floor(-x),
+              "abs": lambda x: abs(x) if exact(x) else checked(MP.fabs(x))}
 
 
 def close(a, b):
@@ -1319,8 +1340,8 @@ def gold_answer(answer):
     A dataset's gold answer as a string that can be graded, or None: drop and count such a row, for a gold answer that
     cannot be read pays every completion the same.
 
-    answer: str, int, float (27.0 is 27), or a list whose first entry counts; a whole solution is read for its last box, or
-    for what follows GSM8K's ####.
+    answer: str, int, float (27.0 is 27), or a list whose first entry counts; a whole solution is read for its last box,
+    or for what follows GSM8K's ####.
     """
     if isinstance(answer, (list, tuple)):
         answer = answer[0] if answer else None
@@ -1339,41 +1360,44 @@ def gold_answer(answer):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def flag(default, text):
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 @dataclasses.dataclass
 class RewardOptions:
-    """The reward flags of train_grpo.py. Defaults: Fast-Math-R1 stage 2, its oddities repaired (RECIPES 7 by number)."""
+    """Reward flags of train_grpo.py. Defaults: Fast-Math-R1 stage 2 with what its code does by accident repaired."""
 
-    reward_funcs: str = dataclasses.field(default="format,cosine,length", metadata={
-        "help": "Comma list: accuracy, format, format_open_rs, cosine, length, repetition, soft_overlong, or path/to/file.py:function, "
-                "called as function(completion, answer) in a process that is killed when it is late."})
-    reward_weights: str = dataclasses.field(default="", metadata={"help": "Comma list, one weight per reward; empty: all 1."})
-    answer_scope: str = dataclasses.field(default="full", metadata={
-        "help": "full: the last box of the completion (the recipe); before_think_end: the last one before </think>, as deployed."})
-    format_strict: bool = dataclasses.field(default=True, metadata={"help": "False: the recipe's format2, also paid for an empty box (7)."})
-    length_unit: str = dataclasses.field(default="tokens", metadata={"help": "tokens, or chars as both recipes' code does (1)."})
-    length_scope: str = dataclasses.field(default="group", metadata={
-        "help": "Shortest and longest of the length reward: of the group, or local_batch as Fast-Math's code does (2)."})
-    length_prompts: int = dataclasses.field(default=2, metadata={"help": "Prompts of a local batch, for --length_scope local_batch."})
-    cosine_correct_at_0: float = dataclasses.field(default=1.0, metadata={"help": "Cosine reward of a right answer of length 0 (29, 31)."})
-    cosine_correct_at_max: float = dataclasses.field(default=0.1, metadata={"help": "... of a right answer of cosine_max_length."})
-    cosine_wrong_at_0: float = dataclasses.field(default=-1.0, metadata={"help": "... of a wrong answer of length 0."})
-    cosine_wrong_at_max: float = dataclasses.field(default=-0.1, metadata={"help": "... of a wrong answer of cosine_max_length."})
-    cosine_max_length: int = dataclasses.field(default=9600, metadata={
-        "help": "Length in length_unit where the cosine ends: 9600 tokens are the recipe's 30000 chars at 3.1 chars a token (1)."})
-    cosine_clip: bool = dataclasses.field(default=True, metadata={"help": "False: periodic beyond cosine_max_length, as Open-RS (30)."})
-    cosine_truncated: float | None = dataclasses.field(default=None, metadata={
-        "help": "Cosine reward of a truncated completion instead (arXiv 2502.03373); unset: by its length."})
-    repetition_ngram_size: int = dataclasses.field(default=3, metadata={"help": "Words of the n-grams that are counted."})
-    repetition_max_penalty: float = dataclasses.field(default=-1.0, metadata={"help": "Reward when every n-gram is the same one."})
-    soft_overlong_cache: int = dataclasses.field(default=4096, metadata={
-        "help": "Tokens before max_completion_length over which soft_overlong falls from 0 to -1 (DAPO)."})
-    swap_verify: bool = dataclasses.field(default=False, metadata={"help": "True: is_equal(gold, prediction), the recipes' order (4)."})
-    bad_gold_reward: float | None = dataclasses.field(default=None, metadata={
-        "help": "When the gold answer cannot be read: above 0 all count as right, the recipes' 1.0 (3); 0 as wrong; unset: no reward (nan)."})
-    reward_timeout: float = dataclasses.field(default=10.0, metadata={"help": "Seconds a user's reward function has for one completion."})
-    reward_workers: int = dataclasses.field(default=2, metadata={"help": "Processes per user's reward function and rank."})
-    reward_memory_gb: float = dataclasses.field(default=4.0, metadata={"help": "Address space of such a process."})
-    max_completion_length: int = dataclasses.field(default=16384, metadata={"help": "Tokens an answer may have."})
+    reward_funcs: str = flag(
+        "format,cosine,length", "Comma list of accuracy, format, format_open_rs, cosine, length, repetition, soft_overlong, "
+        "or path/to/file.py:function, called as function(completion, answer) in a process that is killed when it is late.")
+    reward_weights: str = flag("", "Comma list, one weight per reward; empty: all 1.")
+    answer_scope: str = flag("full", "Which box counts. full: the last of the completion, as in the recipe; "
+                             "before_think_end: the last before </think>, as deployed.")
+    format_strict: bool = flag(True, "False: the recipe's format2, which is also paid for an empty box.")
+    length_unit: str = flag("tokens", "tokens, or chars as in both recipes' code.")
+    length_scope: str = flag("group", "Shortest and longest answer of the length reward: of the group, or local_batch "
+                             "as in Fast-Math's code.")
+    length_prompts: int = flag(2, "Prompts of a local batch, for --length_scope local_batch.")
+    cosine_correct_at_0: float = flag(1.0, "Cosine reward of a right answer of length 0.")
+    cosine_correct_at_max: float = flag(0.1, "Cosine reward of a right answer of cosine_max_length.")
+    cosine_wrong_at_0: float = flag(-1.0, "Cosine reward of a wrong answer of length 0.")
+    cosine_wrong_at_max: float = flag(-0.1, "Cosine reward of a wrong answer of cosine_max_length.")
+    cosine_max_length: int = flag(9600, "Length where the cosine ends, in length_unit: the recipe's 30000 chars, at "
+                                  "3.1 chars a token. With --length_unit chars set 30000.")
+    cosine_clip: bool = flag(True, "False: periodic beyond cosine_max_length, as in Open-RS.")
+    cosine_truncated: float | None = flag(None, "Cosine reward of every truncated completion (arXiv 2502.03373); "
+                                          "unset: by its length.")
+    repetition_ngram_size: int = flag(3, "Words of an n-gram.")
+    repetition_max_penalty: float = flag(-1.0, "Reward when all n-grams are the same one.")
+    soft_overlong_cache: int = flag(4096, "soft_overlong falls from 0 to -1 over so many tokens before the limit.")
+    swap_verify: bool = flag(False, "True: is_equal(gold, prediction), the order of both recipes.")
+    bad_gold_reward: float | None = flag(None, "When the gold answer cannot be read: above 0 all count as right, the "
+                                         "recipes' 1.0; 0: all as wrong; unset: the group has no reward (nan).")
+    reward_timeout: float = flag(10.0, "Seconds a user's reward function has for one completion.")
+    reward_workers: int = flag(2, "Processes per user's reward function and rank.")
+    reward_memory_gb: float = flag(4.0, "Address space of such a process.")
+    max_completion_length: int = flag(16384, "Tokens an answer may have.")
 
 
 @dataclasses.dataclass
@@ -1394,33 +1418,34 @@ NEED_CORRECT = ("accuracy", "cosine", "length")
 def check_reward_options(options):
     """[(name, weight)] of the rewards asked for. Raises ValueError with flag, value, reason and remedy."""
     names = [name.strip() for name in options.reward_funcs.split(",") if name.strip()]
-    weights = [float(w) for w in options.reward_weights.split(",")] if options.reward_weights.strip() else [1.0] * len(names)
+    weights = [float(weight) for weight in options.reward_weights.split(",") if weight.strip()] or [1.0] * len(names)
     if not names:
         raise ValueError("--reward_funcs is empty: nothing would be learnt; name at least one reward")
     if len(set(map(part_name, names))) != len(names):
         raise ValueError(f"--reward_funcs {options.reward_funcs!r} names a reward twice; they are logged by name")
     if len(weights) != len(names):
-        raise ValueError(f"--reward_weights {options.reward_weights!r} has {len(weights)} numbers for the {len(names)} rewards of --reward_funcs")
+        raise ValueError(f"--reward_weights {options.reward_weights!r} has {len(weights)} numbers for {len(names)} rewards: "
+                         f"{options.reward_funcs}; name one weight for each")
     for name in names:
         path, colon, _ = name.rpartition(":")
         if name not in BUILT_IN and not (colon and path.endswith(".py")):
-            raise ValueError(f"--reward_funcs {name!r}: choose among {', '.join(BUILT_IN)}, or path/to/file.py:function")
+            raise ValueError(f"--reward_funcs {name!r}: choose among {', '.join(BUILT_IN)}, path/to/file.py:function")
         if colon and not Path(path).is_file():
             raise ValueError(f"--reward_funcs {name!r}: there is no file {path}")
-    for flag, allowed in (("answer_scope", ("full", "before_think_end")), ("length_unit", ("tokens", "chars")),
-                          ("length_scope", ("group", "local_batch"))):
-        if getattr(options, flag) not in allowed:
-            raise ValueError(f"--{flag} {getattr(options, flag)!r}: choose one of {', '.join(allowed)}")
-    for flag in ("cosine_max_length", "length_prompts", "repetition_ngram_size", "soft_overlong_cache", "reward_timeout", "reward_workers",
-                 "reward_memory_gb"):
-        if not getattr(options, flag) > 0:
-            raise ValueError(f"--{flag} {getattr(options, flag)} must be above 0")
+    for key, allowed in {"answer_scope": ("full", "before_think_end"), "length_unit": ("tokens", "chars"),
+                         "length_scope": ("group", "local_batch")}.items():
+        if getattr(options, key) not in allowed:
+            raise ValueError(f"--{key} {getattr(options, key)!r}: choose one of {', '.join(allowed)}")
+    for key in ("cosine_max_length", "length_prompts", "repetition_ngram_size", "soft_overlong_cache", "reward_timeout",
+                "reward_workers", "reward_memory_gb"):
+        if not getattr(options, key) > 0:
+            raise ValueError(f"--{key} {getattr(options, key)} must be above 0")
     return list(zip(names, weights, strict=True))
 
 
 def format_reward(text, strict=True):
     r"""
-    1.0 if a box stands before `</think>`, else 0.0. Linear time whatever the text, where the recipe's regular expression
+    1.0 if a box stands before `</think>`, else 0.0. Linear whatever the text, where the recipe's regular expression
     `^.*?oxed{(.*?)}.*?</think>.*?$` needs 12 s for a looping completion of 16,000 characters.
 
     strict: a balanced, non-empty \boxed{...} before the first `</think>`, so that quoting "\boxed{}" earns nothing;
@@ -1434,11 +1459,12 @@ def format_reward(text, strict=True):
 
 
 def format_open_rs_reward(text):
-    r"""1.0 if "\n</think>\n" occurs exactly once (Open-RS; its prompt also asks for <answer> tags, which nothing checks)."""
+    r"""1.0 if "\n</think>\n" occurs exactly once (Open-RS; nothing checks the <answer> tags its prompt asks for)."""
     return float(text.count("\n</think>\n") == 1)
 
 
-def cosine_reward(length, correct, max_length=9600, correct_at_0=1.0, correct_at_max=0.1, wrong_at_0=-1.0, wrong_at_max=-0.1, clip=True):
+def cosine_reward(length, correct, max_length=9600, correct_at_0=1.0, correct_at_max=0.1, wrong_at_0=-1.0,
+                  wrong_at_max=-0.1, clip=True):
     """
     Cosine schedule from the value at length 0 to the value at max_length (arXiv 2502.03373, Fast-Math-R1, Open-RS):
 
@@ -1497,8 +1523,8 @@ def score_batch(completions, golds, scope="full", function=None, timeout=10.0, w
     """
     (outcomes, Counter of outcomes) of completions against gold answers, in order.
 
-    outcomes: right | wrong | no_answer, and with a user's `function` ("file.py:name", see WorkerPool) right | wrong (its value
-    above 0, or not) | timeout | crash.
+    outcomes: right | wrong | no_answer; with a user's `function` ("file.py:name", see WorkerPool) right (its value is
+    above 0) | wrong | timeout | crash.
     """
     if len(completions) != len(golds):
         raise ValueError(f"{len(completions)} completions for {len(golds)} gold answers")
@@ -1516,8 +1542,8 @@ def rewards_for_group(texts, gold, options, *, lengths, truncated):
     Score the G completions of one prompt -> Scored.
 
     texts: G strings; gold: the gold answer; options: RewardOptions (or a dataclass that inherits it); lengths: G token
-    counts; truncated: G bools, True if cut off at the limit. With length_scope local_batch call rescore_length_over_batch
-    once all groups of the step are there.
+    counts; truncated: G bools, True if cut off at the limit. With length_scope local_batch call
+    rescore_length_over_batch once all groups of the step are there.
     """
     outcomes, correct = judge(texts, gold, options)
     units = [len(text) for text in texts] if options.length_unit == "chars" else list(lengths)
@@ -1530,9 +1556,11 @@ def rewards_for_group(texts, gold, options, *, lengths, truncated):
         elif name == "format_open_rs":
             values = [format_open_rs_reward(text) for text in texts]
         elif name == "repetition":
-            values = [repetition_penalty(text, options.repetition_ngram_size, options.repetition_max_penalty) for text in texts]
+            size, most = options.repetition_ngram_size, options.repetition_max_penalty
+            values = [repetition_penalty(text, size, most) for text in texts]
         elif name == "soft_overlong":
-            values = [soft_overlong_penalty(n, options.max_completion_length, options.soft_overlong_cache) for n in lengths]
+            longest, cache = options.max_completion_length, options.soft_overlong_cache
+            values = [soft_overlong_penalty(length, longest, cache) for length in lengths]
         else:
             values = user_part(name, texts, gold, outcomes, options)
         parts[part_name(name)] = values
@@ -1561,9 +1589,10 @@ def correctness_part(name, correct, lengths, truncated, options, length_range=No
         return [float(c) for c in correct]
     if name == "length":
         return length_rewards(lengths, correct, length_range)
-    return [options.cosine_truncated if cut and options.cosine_truncated is not None else cosine_reward(
-        n, c, options.cosine_max_length, options.cosine_correct_at_0, options.cosine_correct_at_max, options.cosine_wrong_at_0,
-        options.cosine_wrong_at_max, options.cosine_clip) for n, c, cut in zip(lengths, correct, truncated, strict=True)]
+    schedule = (options.cosine_max_length, options.cosine_correct_at_0, options.cosine_correct_at_max,
+                options.cosine_wrong_at_0, options.cosine_wrong_at_max, options.cosine_clip)
+    return [options.cosine_truncated if cut and options.cosine_truncated is not None else cosine_reward(n, c, *schedule)
+            for n, c, cut in zip(lengths, correct, truncated, strict=True)]
 
 
 def user_part(name, texts, gold, outcomes, options):
@@ -1578,7 +1607,7 @@ def user_part(name, texts, gold, outcomes, options):
 
 
 def weighted_totals(parts, correct, options):
-    """sum over k of w_k * part_k, G floats; nan where correctness is unknown, so that the trainer can leave the group out."""
+    """sum over k of w_k * part_k, G floats; nan where correctness is unknown: the trainer leaves such a group out."""
     weights = [weight for _, weight in check_reward_options(options)]
     return [math.nan if c is None else sum(w * v for w, v in zip(weights, values, strict=True))
             for c, values in zip(correct, zip(*parts.values(), strict=True), strict=True)]
@@ -1586,7 +1615,7 @@ def weighted_totals(parts, correct, options):
 
 def rescore_length_over_batch(scored, options):
     """
-    length_scope local_batch (RECIPES 7, oddity 2): shortest and longest over length_prompts consecutive groups, in place.
+    length_scope local_batch (oddity 2): shortest and longest over length_prompts consecutive groups, in place.
 
     scored: list of Scored in the order of the prompts.
     """
@@ -1596,7 +1625,8 @@ def rescore_length_over_batch(scored, options):
         chunk = scored[start:start + options.length_prompts]
         lengths = [n for s in chunk for n in s.lengths]
         for s in chunk:
-            s.parts["length"] = correctness_part("length", s.correct, s.lengths, None, options, (min(lengths), max(lengths)))
+            ends = min(lengths), max(lengths)
+            s.parts["length"] = correctness_part("length", s.correct, s.lengths, None, options, ends)
             s.totals = weighted_totals(s.parts, s.correct, options)
 
 
@@ -1612,11 +1642,11 @@ class WorkerPool:
     """
     A user's reward function, "path/to/file.py:name", in processes of its own:  name(completion, answer) -> number.
 
-    One thread per process owns it: it hands over one item, waits `timeout` seconds from then, and if nothing came kills the
-    process group with SIGKILL and starts another. Signals (SIGALRM) work only in a main thread and not inside C code, and the
-    timeouts of thread and process pools only stop waiting: the stuck worker stays. The processes are started afresh, not
-    forked (a fork of a process with torch's threads may hang), see no GPU, have `memory_gb` of address space, and die with
-    the owning thread (PR_SET_PDEATHSIG), so that a killed trainer leaves none behind.
+    One thread per process owns it: it hands over one item, waits `timeout` seconds from then, and if nothing came kills
+    the process group with SIGKILL and starts another. Signals (SIGALRM) work only in a main thread and not inside C
+    code, and the timeouts of thread and process pools only stop waiting: the stuck worker stays. The processes are
+    started afresh, not forked (a fork of a process with torch's threads may hang), see no GPU, have `memory_gb` of
+    address space, and die with the owning thread (PR_SET_PDEATHSIG), so that a killed trainer leaves none behind.
     """
 
     def __init__(self, function, workers=2, timeout=10.0, memory_gb=4.0):
@@ -1630,7 +1660,7 @@ class WorkerPool:
             thread.start()
 
     def map(self, pairs):
-        """[(outcome, value)] of (completion, answer) pairs, in order: ("done", number), ("timeout", None) or ("crash", None)."""
+        """[(outcome, value)] of (completion, answer) pairs in order: ("done", number), ("timeout" or "crash", None)."""
         if self.closed.is_set():
             raise RuntimeError("the worker pool is closed")
         results = queue.Queue()
@@ -1642,7 +1672,7 @@ class WorkerPool:
             try:
                 i, outcome, value = results.get(timeout=max(0.0, limit - time.monotonic()))
             except queue.Empty:
-                raise RuntimeError(f"the workers of {self.function} answered nothing for too long; is the machine suspended?") from None
+                raise RuntimeError(f"the workers of {self.function} fell silent; was the machine asleep?") from None
             found[i] = (outcome, value)
         return found
 
@@ -1657,7 +1687,8 @@ class WorkerPool:
                     continue
                 outcome, value = "crash", None
                 try:
-                    worker = worker if worker and worker.process.poll() is None else Worker(self.function, self.memory_gb)
+                    if worker is None or worker.process.poll() is not None:
+                        worker = Worker(self.function, self.memory_gb)
                     reply = worker.ask(pair, self.timeout)
                     if "value" in reply:
                         outcome, value = "done", reply["value"]
@@ -1678,7 +1709,8 @@ class WorkerPool:
         with self.lock:
             if self.complaint is None:
                 self.complaint = message
-                print(f"rewards: {self.function} failed, counted as crash (further errors are not shown): {message}", file=sys.stderr, flush=True)
+                print(f"rewards: {self.function} failed, counted as crash; further errors are not shown: {message}",
+                      file=sys.stderr, flush=True)
 
     def close(self):
         self.closed.set()
@@ -1697,11 +1729,12 @@ class Worker:
 
     def __init__(self, function, memory_gb):
         self.socket, theirs = socket.socketpair()
-        hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker", function, str(theirs.fileno()), str(memory_gb), str(os.getpid())]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        arguments = [function, str(theirs.fileno()), str(memory_gb), str(os.getpid())]
         try:
-            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                            start_new_session=True, env={**os.environ, **hidden})
+            self.process = subprocess.Popen([sys.executable, __file__, "--worker", *arguments], pass_fds=[theirs.fileno()],
+                                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                            start_new_session=True, env=environment)
         finally:
             theirs.close()
         self.buffer = b""
@@ -1758,7 +1791,7 @@ def shared_pool(*arguments):
 
 def work(function, descriptor, memory_gb, parent):
     """The main loop of a worker process."""
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the thread that started us
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the thread that started us
     if os.getppid() != parent:
         sys.exit(1)  # it died before we asked
     resource.setrlimit(resource.RLIMIT_AS, (int(memory_gb * 2**30),) * 2)
@@ -1797,7 +1830,7 @@ def work(function, descriptor, memory_gb, parent):
 
 
 def read_rollouts(folder):
-    """(rows, torn): the stored completions of a run in order, and how many lines could not be read (a run killed in mid-write)."""
+    """(rows, torn): a run's stored completions in order, and how many lines could not be read (killed in mid-write)."""
     rows, torn = [], 0
     for path in sorted(Path(folder).glob("step-*.jsonl")):
         with open(path, encoding="utf-8", errors="replace") as lines:
@@ -1842,16 +1875,17 @@ def regrade(run, output=None):
             regraded.append(new)
             if row.get("correct") != new["correct"]:
                 flips.append((row, new))
+    if flips:
+        print(f"{'step':>6} {'prompt':>6} {'sample':>6}  {'stored':<10} {'now':<10} {'reward':>16}  gold | answer")
     for old, new in flips:
-        if old is flips[0][0]:
-            print(f"{'step':>6} {'prompt':>6} {'sample':>6}  {'stored':<10} {'now':<10} {'reward':>14}  gold | answer")
-        answer = extract_answer(old["text"], options.answer_scope)
-        print(f"{old.get('step', '?'):>6} {old.get('prompt_index', '?'):>6} {old.get('sample_index', '?'):>6}  {old.get('outcome', '?')!s:<10} {new['outcome']:<10} "
-              f"{old.get('reward', math.nan):>6.2f} -> {new['reward']:>5.2f}  {old['answer']} | {answer}")
-    counts = Counter(row["outcome"] for row in regraded)
-    print(f"{len(regraded)} completions in {len(groups)} groups: " + ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items())))
-    print(f"{len(flips)} flips: {sum(new['correct'] is True for _, new in flips)} to right, {sum(new['correct'] is False for _, new in flips)} to wrong, "
-          f"{sum(new['correct'] is None for _, new in flips)} to unknown; {torn} torn lines skipped")
+        place = " ".join(f"{old.get(key, '?'):>6}" for key in ("step", "prompt_index", "sample_index"))
+        print(f"{place}  {old.get('outcome', '?')!s:<10} {new['outcome']:<10} {old.get('reward', math.nan):>6.2f} -> "
+              f"{new['reward']:>6.2f}  {old['answer']} | {extract_answer(old['text'], options.answer_scope)}")
+    outcomes, now = Counter(row["outcome"] for row in regraded), Counter(new["correct"] for _, new in flips)
+    print(f"{len(regraded)} completions in {len(groups)} groups: " +
+          ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())))
+    print(f"{len(flips)} flips: {now[True]} to right, {now[False]} to wrong, {now[None]} to unknown; "
+          f"{torn} torn lines skipped")
     if output:
         temporary = Path(f"{output}.{os.getpid()}.tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in regraded))
@@ -1861,10 +1895,11 @@ def regrade(run, output=None):
 
 
 def regrade_group(rows, options):
-    """Scored of one group's stored rows: as rewards_for_group, but a part that does not depend on correctness stays as stored."""
+    """Scored of one group's stored rows; a part that does not depend on correctness stays as stored."""
     lengths = [len(row["text"]) if options.length_unit == "chars" else row["length"] for row in rows]
     outcomes, correct = judge([row["text"] for row in rows], rows[0]["answer"], options)
-    outcomes = [row["outcome"] if row.get("outcome") in ("timeout", "crash") else now for row, now in zip(rows, outcomes, strict=True)]
+    outcomes = [row["outcome"] if row.get("outcome") in ("timeout", "crash") else now
+                for row, now in zip(rows, outcomes, strict=True)]
     truncated = [row.get("finish_reason") == "length" for row in rows]
     parts = {}
     for name, _ in check_reward_options(options):
@@ -1880,9 +1915,9 @@ def main():
         return work(function, int(descriptor), float(memory_gb), int(parent))
     parser = argparse.ArgumentParser(description="Rewards for mathematics; see the head of this file.")
     commands = parser.add_subparsers(dest="command", required=True)
-    again = commands.add_parser("regrade", help="Score a finished run's completions with today's grader and list the flips.")
+    again = commands.add_parser("regrade", help="Score a run's completions with today's grader and list the flips.")
     again.add_argument("run", help="Run directory of train_grpo.py.")
-    again.add_argument("--output", help="Write the rows with their new rewards to this JSONL file; without it nothing is written.")
+    again.add_argument("--output", help="Write the rows with their new rewards to this JSONL file.")
     arguments = parser.parse_args()
     return regrade(arguments.run, arguments.output)
 
