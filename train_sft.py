@@ -2,13 +2,13 @@
 Stage 1: supervised fine-tuning on long reasoning traces (Fast-Math-R1, arXiv 2507.08267, section "SFT").
 
     torchrun --nproc_per_node 8 train_sft.py          the published recipe on DeepSeek-R1-Distill-Qwen-14B
-    torchrun --nproc_per_node 2 train_sft.py --model_name_or_path runs/demo/base --dataset demo ...      on two CPU cores
+    torchrun --nproc_per_node 2 train_sft.py --model_name_or_path runs/demo/base --dataset demo ...    on two CPU cores
 
 The method, in the order of the code below:
 
     1. batch      packs of whole documents; attention and positions restart in each document
-    2. forward    log p(y_t | y_<t) of every trained token t (mask m_t = 1 on the assistant's tokens and its end of turn)
-                  backward of  L = - sum_t m_t log p(y_t | y_<t) / N,   N = sum of m over ALL packs of ALL ranks of the step
+    2. forward    log p(y_t | y_<t) of each trained token t (mask m_t = 1 on the assistant's tokens and its end of turn)
+                  backward of L = - sum_t m_t log p(y_t | y_<t) / N,  N = sum of m over ALL packs of ALL ranks of a step
     3. step       clip the gradient's norm, AdamW on fp32 master weights, learning rate
     4. log        metrics.jsonl, one line a person can read
     5. save       checkpoints to resume from; `final`, a Hugging Face folder for stage 2, transformers and vLLM
@@ -19,7 +19,7 @@ the same loss with a weight on every token: SFT is "advantage = 1, no ratio".
 
 What differs from the original, and the flag that restores it: documents do not see each other (--packing concat_cut);
 loss on the answer and its end of turn only (--loss_on all_but_eos); fp32 AdamW instead of 8-bit; full cosine over the
-epochs asked for (--lr_horizon 780 --max_steps 350 is the run that was shipped). recipes/fast_math_r1_14b.sh has the list.
+epochs asked for (--lr_horizon 780 --max_steps 350 is the run shipped). recipes/fast_math_r1_14b.sh has the list.
 """
 
 import math
@@ -37,30 +37,30 @@ import model as policy_lib
 @dataclass
 class SFTConfig:
     # What to train, on what, where to
-    model_name_or_path: str = HfArg(default="deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", help="Folder or hub id to start from.")
-    dataset: str = HfArg(default="RabotniKuma/Fast-Math-R1-SFT", help="Hub id, .json, .jsonl, .parquet, saved folder, or demo.")
+    model_name_or_path: str = HfArg(default="deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", help="Start: folder or hub id.")
+    dataset: str = HfArg(default="RabotniKuma/Fast-Math-R1-SFT", help="Hub id, .json(l), .parquet, saved folder, demo.")
     dataset_split: str = HfArg(default="train", help="Split, for hub ids and saved folders.")
     output_dir: str = HfArg(default="runs/sft", help="Run directory: config, metrics, checkpoints, final.")
-    resume: bool = HfArg(default=False, help="Continue from the newest intact checkpoint of output_dir; none there is an error.")
-    force: bool = HfArg(default=False, help="Resume although flags that change the result differ from the checkpoint's.")
+    resume: bool = HfArg(default=False, help="Continue from output_dir's newest intact checkpoint; none is an error.")
+    force: bool = HfArg(default=False, help="Resume though flags that change the result differ from the checkpoint's.")
     # Rows to tokens
-    problem_column: str = HfArg(default="problem", help="Column of the question (rows with messages or conversations need none).")
+    problem_column: str = HfArg(default="problem", help="Column of the question (messages or conversations need none).")
     generation_column: str = HfArg(default="generation", help="Column of the reasoning trace with its answer.")
     system_prompt: str = HfArg(default="sft", help="sft, grpo, open_rs, open_rs3, none, or the text itself.")
-    chat_template: str = HfArg(default="open_r1_roles", help="open_r1_roles (the recipe), tokenizer (its own), or a Jinja file.")
-    loss_on: str = HfArg(default="assistant", help="assistant (with its end of turn), all, or all_but_eos (the original).")
+    chat_template: str = HfArg(default="open_r1_roles", help="open_r1_roles (recipe), tokenizer (its own), Jinja file.")
+    loss_on: str = HfArg(default="assistant", help="assistant (with its end of turn), all, all_but_eos (the original).")
     max_length: int = HfArg(default=24000, help="Tokens of a pack, and of the longest document.")
-    overlong: str = HfArg(default="drop", help="Documents above max_length: drop, or cut. Both are counted and printed.")
-    packing: str = HfArg(default="best_fit", help="best_fit (whole documents), or concat_cut (the original; attention crosses).")
+    overlong: str = HfArg(default="drop", help="Documents above max_length: drop or cut. Both are counted and printed.")
+    packing: str = HfArg(default="best_fit", help="best_fit (nothing cut), concat_cut (original; attention crosses).")
     max_malformed: float = HfArg(default=0.01, help="Share of rows that may be dropped before the run is refused.")
     cache_dir: str = HfArg(default=".cache", help="Where tokenised data is kept, by content hash.")
     # Batch and schedule
-    gradient_accumulation_steps: int = HfArg(default=8, help="Packs per rank and step: 8 x 8 ranks x 24,000 = 1.5M tokens.")
+    gradient_accumulation_steps: int = HfArg(default=8, help="Packs per rank and step; 8 x 8 ranks x 24k: 1.5M tokens.")
     num_train_epochs: float = HfArg(default=10, help="Passes over the data; the paper's 10.")
     max_steps: int = HfArg(default=-1, help="Stop after this many steps; -1: after num_train_epochs.")
-    lr_horizon: int = HfArg(default=-1, help="Steps until the schedule's end; -1: where training stops. May lie beyond max_steps.")
+    lr_horizon: int = HfArg(default=-1, help="Steps of the schedule; -1: where training stops. May exceed max_steps.")
     learning_rate: float = HfArg(default=1e-5, help="Peak learning rate.")
-    lr_scheduler_type: str = HfArg(default="cosine", help="cosine, cosine_with_min_lr, linear, constant, constant_with_warmup.")
+    lr_scheduler_type: str = HfArg(default="cosine", help="cosine[_with_min_lr], linear, constant[_with_warmup].")
     min_lr_rate: float = HfArg(default=0.1, help="Floor as a share of the peak, for cosine_with_min_lr.")
     warmup_ratio: float = HfArg(default=0.0, help="Share of the horizon spent on linear warm-up.")
     weight_decay: float = HfArg(default=0.0, help="AdamW's decoupled weight decay.")
@@ -69,12 +69,13 @@ class SFTConfig:
     max_grad_norm: float = HfArg(default=1.0, help="Clip the gradient to this norm; 0 leaves it alone.")
     seed: int = HfArg(default=42, help="Order of the packs: a function of (seed, epoch).")
     # Machine
-    activation_checkpointing: str = HfArg(default="full", help="none, full, or selective (keep attention outputs: faster, +12 GB).")
+    activation_checkpointing: str = HfArg(
+        default="full", help="none, full, or selective (keep attention outputs: faster, +12 GB).")
     compile: bool = HfArg(default=False, help="torch.compile each block: faster on a GPU, a minute of start-up.")
-    shard_size: int = HfArg(default=0, help="Ranks that share one copy of the weights; 0: all. GPUs per machine = hybrid sharding.")
+    shard_size: int = HfArg(default=0, help="Ranks sharing one copy of the weights; 0: all. GPUs per machine: hybrid.")
     head_chunk_size: int = HfArg(default=2048, help="Tokens whose logits exist at a time.")
     timeout_minutes: float = HfArg(default=30, help="Deadline of every wait between ranks.")
-    heartbeat_timeout: float = HfArg(default=300, help="Seconds of silence after which a frozen rank is named and the run ends.")
+    heartbeat_timeout: float = HfArg(default=300, help="Seconds of silence that end the run, naming the frozen rank.")
     # Saving, evaluating, logging
     save_steps: int = HfArg(default=50, help="Checkpoint every so many steps; 0: only at the end.")
     save_total_limit: int = HfArg(default=2, help="Checkpoints to keep; 0: all.")
@@ -83,19 +84,20 @@ class SFTConfig:
     eval_dataset: str = HfArg(default="", help="Held-out rows for an evaluation loss; empty: none.")
     eval_steps: int = HfArg(default=50, help="Evaluate every so many steps, and at the end.")
     report_to: str = HfArg(default="none", help="tensorboard, wandb or trackio beside metrics.jsonl.")
-    dry_run: bool = HfArg(default=False, help="Print the plan (tokens, packs, steps, memory) without loading the model.")
+    dry_run: bool = HfArg(default=False, help="Print the plan (tokens, packs, steps, memory) without loading a model.")
 
 
 # Flags that may change between a checkpoint and its resumption without changing the result.
-FREE_TO_CHANGE = {"resume", "force", "output_dir", "cache_dir", "timeout_minutes", "heartbeat_timeout", "save_steps", "save_total_limit",
-                  "keep_steps", "report_to", "max_steps", "activation_checkpointing", "compile", "shard_size", "dry_run", "eval_steps",
-                  "head_chunk_size", "eval_dataset", "save_dtype"}
+FREE_TO_CHANGE = {"resume", "force", "output_dir", "cache_dir", "timeout_minutes", "heartbeat_timeout", "save_steps",
+                  "save_total_limit", "keep_steps", "report_to", "max_steps", "activation_checkpointing", "compile",
+                  "shard_size", "dry_run", "eval_steps", "head_chunk_size", "eval_dataset", "save_dtype"}
 
 
 def check_config(cfg):
     """Refuse impossible values before anything starts: flag, value, reason, remedy. Raises ValueError."""
     policy_lib.check_common_flags(cfg)
-    choices = {"loss_on": ("assistant", "all", "all_but_eos"), "overlong": ("drop", "cut"), "packing": ("best_fit", "concat_cut")}
+    choices = {"loss_on": ("assistant", "all", "all_but_eos"), "overlong": ("drop", "cut"),
+               "packing": ("best_fit", "concat_cut")}
     for flag, allowed in choices.items():
         if getattr(cfg, flag) not in allowed:
             raise ValueError(f"--{flag} {getattr(cfg, flag)!r}: choose one of {', '.join(allowed)}")
@@ -114,10 +116,10 @@ def sft_loss(logprobs, mask, denominator):
 
 
 def document_spans(packs, index, documents, packing):
-    """[(ids, mask)] of one pack for data.collate; index -1 is an empty pack. concat_cut: one span that attention crosses."""
+    """[(ids, mask)] of one pack for data.collate; index -1: an empty one. concat_cut: a span that attention crosses."""
     spans = [(documents[i].ids[a:b], documents[i].mask[a:b]) for i, a, b in packs[index]] if index >= 0 else []
     if packing == "concat_cut" and spans:
-        return [tuple(map(lambda parts: torch.cat([torch.from_numpy(p) for p in parts]).numpy(), zip(*spans, strict=True)))]
+        return [tuple(torch.cat([torch.from_numpy(p) for p in parts]).numpy() for parts in zip(*spans, strict=True))]
     return spans
 
 
@@ -141,7 +143,7 @@ def main(cfg):
     ctx = policy_lib.setup_distributed(cfg.timeout_minutes, cfg.shard_size)
     output_dir = Path(cfg.output_dir)
 
-    # ----------------------------------------------------------------------------------------------- data and plan
+    # ---------------------------------------------------------------------------------- data and plan
     folder = policy_lib.model_folder(cfg.model_name_or_path, ctx)
     model_config = policy_lib.load_config(folder)
     tokenizer = policy_lib.load_tokenizer(folder)
@@ -149,8 +151,9 @@ def main(cfg):
 
     def documents_of(dataset, split):
         load = lambda: data.load_documents(  # noqa: E731
-            dataset, tokenizer, cfg.max_length, split, cfg.overlong, cfg.loss_on, data.system_prompt_text(cfg.system_prompt),
-            cfg.problem_column, cfg.generation_column, cfg.max_malformed, cfg.cache_dir, progress=ctx.is_main)
+            dataset, tokenizer, cfg.max_length, split, cfg.overlong, cfg.loss_on,
+            data.system_prompt_text(cfg.system_prompt), cfg.problem_column, cfg.generation_column, cfg.max_malformed,
+            cfg.cache_dir, progress=ctx.is_main)
         with policy_lib.together(ctx, f"reading {dataset}"):
             if ctx.local_rank == 0:
                 load()
@@ -165,36 +168,42 @@ def main(cfg):
     steps_per_epoch = -(-len(packs) // packs_per_step)
     epoch_steps = math.ceil(cfg.num_train_epochs * steps_per_epoch)
     total_steps = cfg.max_steps if cfg.max_steps > 0 else epoch_steps
-    cfg.lr_horizon = horizon = cfg.lr_horizon if cfg.lr_horizon > 0 else total_steps  # resolved: a resumed run must keep it
-    memory = policy_lib.estimated_memory_gb(model_config, ctx, cfg.max_length, cfg.activation_checkpointing, cfg.head_chunk_size)
+    cfg.lr_horizon = horizon = cfg.lr_horizon if cfg.lr_horizon > 0 else total_steps  # resolved: a resume must keep it
+    memory = policy_lib.estimated_memory_gb(model_config, ctx, cfg.max_length, cfg.activation_checkpointing,
+                                            cfg.head_chunk_size)
     if ctx.is_main:
         filled = sum(map(sum, pack_lengths))
         trained = sum(int(d.mask.sum()) for d in train.documents)
         print(f"""\
 data       {cfg.dataset}: {train.summary()}
 tokens     {filled:,} per epoch ({filled / max(1, len(train.documents)):,.0f} per document), {trained:,} of them trained
-packs      {len(packs):,} of {cfg.max_length:,} tokens, {filled / len(packs) / cfg.max_length:.2%} filled (padding is never computed)
-step       {packs_per_step} packs = {cfg.gradient_accumulation_steps} x {ctx.world_size} ranks, up to {packs_per_step * cfg.max_length:,} tokens
+packs      {len(packs):,} of {cfg.max_length:,} tokens, {filled / len(packs) / cfg.max_length:.2%} filled \
+(padding is never computed)
+step       {packs_per_step} packs = {cfg.gradient_accumulation_steps} x {ctx.world_size} ranks, \
+up to {packs_per_step * cfg.max_length:,} tokens
 plan       {steps_per_epoch} steps per epoch, {total_steps} steps in all, schedule ends at step {horizon}
-model      {cfg.model_name_or_path}: {policy_lib.parameter_count(model_config):,} parameters on {ctx.world_size} x {ctx.device.type}
+model      {cfg.model_name_or_path}: {policy_lib.parameter_count(model_config):,} parameters \
+on {ctx.world_size} x {ctx.device.type}
 memory     about {memory:.1f} GB per rank (estimate)
 output     {output_dir}""", flush=True)
     if cfg.dry_run:
         return
 
-    # ----------------------------------------------------------------------------------------------- model and optimizer
+    # ---------------------------------------------------------------------------------- model and optimizer
     run = policy_lib.open_run(ctx, cfg, FREE_TO_CHANGE, {"data": train.content_hash})
     torch.manual_seed(cfg.seed)
     model = policy_lib.load_policy(
-        folder, ctx, activation_checkpointing=cfg.activation_checkpointing, compile_blocks=cfg.compile, head_chunk_size=cfg.head_chunk_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=1e-8,
-                                  weight_decay=cfg.weight_decay, fused=True)
+        folder, ctx, activation_checkpointing=cfg.activation_checkpointing, compile_blocks=cfg.compile,
+        head_chunk_size=cfg.head_chunk_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2),
+                                  eps=1e-8, weight_decay=cfg.weight_decay, fused=True)
     scheduler = policy_lib.make_schedule(cfg, optimizer, horizon)
     first_step = 0
     if run.checkpoint:
         first_step = policy_lib.load_checkpoint(model, optimizer, scheduler, ctx, run.checkpoint)["step"]
     if first_step >= total_steps:
-        raise ValueError(f"nothing to do: {run.checkpoint} has reached step {first_step} of {total_steps}; raise --max_steps or --num_train_epochs")
+        raise ValueError(f"nothing to do: {run.checkpoint} has reached step {first_step} of {total_steps}; "
+                         "raise --max_steps or --num_train_epochs")
     log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, first_step, cfg.report_to)
     keep_steps = [int(s) for s in cfg.keep_steps.split(",") if s]
     policy_lib.start_heartbeat(ctx, cfg.heartbeat_timeout, lambda: f", in step {step + 1}")
@@ -203,18 +212,18 @@ output     {output_dir}""", flush=True)
     with policy_lib.stop_on_signal(ctx) as stop_requested:
         while step < total_steps:
             started = time.perf_counter()
-            # ======================================================================================= 1. batch
-            # The order is a function of (seed, epoch): a resumed run needs nothing but the step to go on where it stopped.
+            # ========================================================================== 1. batch
+            # The order is a function of (seed, epoch): a resumed run needs only the step to go on where it stopped.
             epoch, position = divmod(step, steps_per_epoch)
             members = data.steps_of_epoch(len(packs), packs_per_step, cfg.seed, epoch)[position]
-            hands = data.deal([pack_costs[i] for i in members], ctx.world_size)  # micro-batches of equal cost at the same time
+            hands = data.deal([pack_costs[i] for i in members], ctx.world_size)  # packs of equal cost at the same time
             mine = [members[i] if i >= 0 else -1 for i in hands[ctx.rank]]
             batches = [data.collate(document_spans(packs, i, train.documents, cfg.packing), ctx.device) for i in mine]
             (denominator,) = policy_lib.sum_over_ranks(ctx, sum(float(b["mask"].sum()) for b in batches))  # N
             if denominator == 0:
                 raise ValueError(f"step {step + 1} has no trained token; its rows are {rows_of(packs, members, train)}")
 
-            # ======================================================================================= 2. forward and backward
+            # ========================================================================== 2. forward and backward
             loss, entropy_sum = 0.0, 0.0
             for batch in batches:
                 mask = batch.pop("mask")  # (T,)
@@ -225,11 +234,12 @@ output     {output_dir}""", flush=True)
                 entropy_sum += float((entropy * mask).sum())
             loss, entropy_sum = policy_lib.sum_over_ranks(ctx, loss, entropy_sum)
 
-            # ======================================================================================= 3. step
+            # ========================================================================== 3. step
             grad_norm = policy_lib.clip_gradients(model, cfg.max_grad_norm)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise FloatingPointError(
-                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}. Rows of this step: {rows_of(packs, members, train)}. "
+                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}. "
+                    f"Rows of this step: {rows_of(packs, members, train)}. "
                     f"Nothing was updated; last good checkpoint: {policy_lib.last_checkpoint(output_dir)}")
             learning_rate = scheduler.get_last_lr()[0]
             optimizer.step()
@@ -237,32 +247,34 @@ output     {output_dir}""", flush=True)
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
-            # ======================================================================================= 4. log
+            # ========================================================================== 4. log
             seconds = time.perf_counter() - started
             step_lengths = [n for i in members for n in pack_lengths[i]]
             flops = sum(pack_costs[i] for i in members) / seconds / ctx.world_size
             memory = policy_lib.max_over_ranks(ctx, policy_lib.peak_memory_gb(ctx.device))
             metrics = {
-                "step": step, "epoch": step / steps_per_epoch, "loss": loss, "lr": learning_rate, "grad_norm": grad_norm,
-                "entropy": entropy_sum / denominator, "tokens": sum(step_lengths), "trained_tokens": int(denominator),
+                "step": step, "epoch": step / steps_per_epoch, "loss": loss, "lr": learning_rate,
+                "grad_norm": grad_norm, "entropy": entropy_sum / denominator,
+                "tokens": sum(step_lengths), "trained_tokens": int(denominator),
                 "tokens_per_second": sum(step_lengths) / seconds, "tflops_per_rank": flops / 1e12,
                 "mfu": flops / peak if (peak := policy_lib.peak_flops(ctx.device)) else None,
                 "peak_memory_gb": memory, "time/step": seconds,
             }
             if held_out and (step % cfg.eval_steps == 0 or step == total_steps):
                 metrics["eval/loss"] = evaluation_loss(model, held_out, cfg.max_length, ctx)
-            log.write(metrics, f"step {step}/{total_steps}  loss {loss:.4f}  lr {learning_rate:.2e}  grad {grad_norm:.3f}  "
-                      f"{metrics['tokens_per_second']:,.0f} tokens/s  {memory:.1f} GB"
+            log.write(metrics, f"step {step}/{total_steps}  loss {loss:.4f}  lr {learning_rate:.2e}  "
+                      f"grad {grad_norm:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  {memory:.1f} GB"
                       + (f"  eval {metrics['eval/loss']:.4f}" if "eval/loss" in metrics else ""))
 
-            # ======================================================================================= 5. save
+            # ========================================================================== 5. save
             stopping = stop_requested()
             if stopping or step == total_steps or (cfg.save_steps and step % cfg.save_steps == 0) or step in keep_steps:
                 policy_lib.save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step,
                                            {"config": asdict(cfg), **run.identity}, cfg.save_total_limit, keep_steps)
             if stopping and step < total_steps:
                 log.close()
-                raise policy_lib.Stopped(f"stopped by a signal after step {step} of {total_steps}; continue with --resume")
+                raise policy_lib.Stopped(f"stopped by a signal after step {step} of {total_steps}; "
+                                         "continue with --resume")
 
     policy_lib.save_hf(model, output_dir / "final", ctx, policy_lib.DTYPES[cfg.save_dtype], tokenizer,
                        policy_lib.generation_config(folder, data.stop_token_id(tokenizer)))
