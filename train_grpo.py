@@ -8,12 +8,12 @@ One step, in the order of the code below:
 
     1. prompts      the next P problems; the order is a function of (seed, epoch), a resumed run needs only a position
     2. rollout      vLLM samples G answers y_1..y_G of each with the current weights
-    3. rewards      r_i = sum_k w_k * part_k(y_i): format, cosine, length ... (rewards.py); scored while others still generate
+    3. rewards      r_i = sum_k w_k * part_k(y_i): format, cosine, length ... (rewards.py); scored while others generate
     4. advantages   A_i = (r_i - mean_G r) / (std_G r + 1e-4): better than its siblings, or worse
     5. reference    log-probs of the frozen starting model, only if beta > 0
     6. update       ratio_t = pi(y_t) / pi_old(y_t),   KL_t = exp(ref_t - logp_t) - (ref_t - logp_t) - 1
-                    L = sum_t m_t [ -w_t min(ratio_t A, clip(ratio_t, 1 - epsilon, 1 + epsilon_high) A) + beta KL_t ] / N
-                    w_t = min(pi_old(y_t) / q(y_t), cap): vLLM's q and the trainer's pi_old are not quite the same program
+                    L = sum_t m_t [-w_t min(ratio_t A, clip(ratio_t, 1 - epsilon, 1 + epsilon_high) A) + beta KL_t] / N
+                    w_t = min(pi_old(y_t) / q(y_t), cap): vLLM's q and the trainer's pi_old are not quite one program
     7. publish      new weights to the engines, verified by a probe before anyone may sample
     8. log, evaluate, save
 
@@ -24,7 +24,7 @@ ranks; what is new is a weight on every token. Which m and N, is all that --loss
     dr_grpo   m = 1,       N = answers x max_completion_length      no length enters at all
 
 No critic, no reward model, no replay. What differs from the original, and the flag that restores it: lengths in tokens
-(--length_unit chars --cosine_max_length 30000), length reward per prompt (--length_scope local_batch), mismatch weight on
+(--length_unit chars --cosine_max_length 30000), length reward per prompt (--length_scope local_batch), mismatch weight
 (--rollout_is_cap 0), schedule ends where training stops (--lr_horizon 101). recipes/fast_math_r1_14b.sh has the list.
 
 Letters: P prompts, G answers per prompt, B = P x G, T tokens of a micro-batch, R ranks.
@@ -52,28 +52,28 @@ import rollout as rollout_lib
 @dataclass
 class GRPOConfig(reward_lib.RewardOptions):  # the reward flags and their defaults stand in rewards.py
     # What to train, on what, where to
-    model_name_or_path: str = HfArg(default="runs/sft/final", help="Folder or hub id to start from, also the reference of the KL term.")
-    dataset: str = HfArg(default="RabotniKuma/Fast-Math-R1-GRPO", help="Rows with problem and answer: hub id, file, folder, or demo:rl.")
+    model_name_or_path: str = HfArg(default="runs/sft/final", help="Start and KL reference: folder or hub id.")
+    dataset: str = HfArg(default="RabotniKuma/Fast-Math-R1-GRPO", help="Hub id, file, folder or demo:rl, with answers.")
     dataset_split: str = HfArg(default="train", help="Split, for hub ids and saved folders.")
     problem_column: str = HfArg(default="problem", help="Column of the question.")
     answer_column: str = HfArg(default="answer", help="Column of the gold answer (Open-RS's oddity: solution).")
     train_fraction: float = HfArg(default=1.0, help="Random share of the rows, seed 2025; the original run used 0.5.")
     max_malformed: float = HfArg(default=0.01, help="Share of rows that may be dropped before the run is refused.")
     output_dir: str = HfArg(default="runs/grpo", help="Run directory: config, metrics, checkpoints, rollouts, final.")
-    resume: bool = HfArg(default=False, help="Continue from the newest intact checkpoint of output_dir; none there is an error.")
-    force: bool = HfArg(default=False, help="Resume although flags that change the result differ from the checkpoint's.")
+    resume: bool = HfArg(default=False, help="Continue from output_dir's newest intact checkpoint; none is an error.")
+    force: bool = HfArg(default=False, help="Resume though flags that change the result differ from the checkpoint's.")
     # Prompts and sampling
     system_prompt: str = HfArg(default="grpo", help="sft, grpo, open_rs, open_rs3, none, or the text itself.")
-    chat_template: str = HfArg(default="tokenizer", help="tokenizer (as saved by stage 1), open_r1_roles, or a Jinja file.")
+    chat_template: str = HfArg(default="tokenizer", help="tokenizer (as saved by stage 1), open_r1_roles, Jinja file.")
     num_prompts_per_step: int = HfArg(default=16, help="P: problems per optimizer step.")
     num_generations: int = HfArg(default=8, help="G: answers per problem.")
     max_prompt_length: int = HfArg(default=512, help="Longer prompts are dropped at load time and counted.")
-    max_model_length: int = HfArg(default=0, help="Cap on prompt + answer; 0: their sum. The original: 16384 for both together.")
+    max_model_length: int = HfArg(default=0, help="Cap on prompt + answer; 0: their sum. The original: 16384.")
     temperature: float = HfArg(default=1.0, help="Sampling temperature; the trainer divides its logits by it too.")
-    temperature_in_logprobs: bool = HfArg(default=True, help="False: log-probs at temperature 1 whatever was sampled (Open-RS).")
+    temperature_in_logprobs: bool = HfArg(default=True, help="False: log-probs at temperature 1 regardless (Open-RS).")
     top_p: float = HfArg(default=0.9, help="Nucleus sampling; below 1 biases the gradient, see rollout_is_cap.")
     min_p: float = HfArg(default=0.05, help="Drop tokens below this share of the likeliest one's probability.")
-    dynamic_sampling_rounds: int = HfArg(default=0, help="Replace groups of equal rewards by fresh prompts, at most so many times.")
+    dynamic_sampling_rounds: int = HfArg(default=0, help="Times equal-reward groups may be replaced by fresh prompts.")
     # Objective
     loss_type: str = HfArg(default="grpo", help="grpo, dapo or dr_grpo: see the head of this file.")
     scale_rewards: str = HfArg(default="group", help="Divide advantages by the std of the group, the batch, or none.")
@@ -82,14 +82,14 @@ class GRPOConfig(reward_lib.RewardOptions):  # the reward flags and their defaul
     epsilon_high: float = HfArg(default=0.2, help="Clip of the ratio from above (DAPO: 0.28).")
     num_iterations: int = HfArg(default=1, help="Optimizer steps per batch of rollouts.")
     importance_sampling_level: str = HfArg(default="token", help="token, or sequence (GSPO).")
-    rollout_is_cap: float = HfArg(default=2.0, help="Cap of the weight that corrects sampler against trainer; 0: no correction.")
-    mask_truncated_completions: bool = HfArg(default=False, help="Leave answers that hit the length limit out of the loss.")
+    rollout_is_cap: float = HfArg(default=2.0, help="Cap of the weight correcting sampler against trainer; 0: off.")
+    mask_truncated_completions: bool = HfArg(default=False, help="Leave answers cut for length out of the loss.")
     # Optimizer and schedule
     num_train_epochs: float = HfArg(default=1, help="Passes over the problems.")
     max_steps: int = HfArg(default=50, help="Stop after this many steps; -1: after num_train_epochs.")
-    lr_horizon: int = HfArg(default=-1, help="Steps until the schedule's end; -1: where training stops. May lie beyond max_steps.")
+    lr_horizon: int = HfArg(default=-1, help="Steps of the schedule; -1: where training stops. May exceed max_steps.")
     learning_rate: float = HfArg(default=4e-6, help="Peak learning rate.")
-    lr_scheduler_type: str = HfArg(default="cosine", help="cosine, cosine_with_min_lr, linear, constant, constant_with_warmup.")
+    lr_scheduler_type: str = HfArg(default="cosine", help="cosine[_with_min_lr], linear, constant[_with_warmup].")
     min_lr_rate: float = HfArg(default=0.1, help="Floor as a share of the peak, for cosine_with_min_lr.")
     warmup_ratio: float = HfArg(default=0.0, help="Share of the horizon spent on linear warm-up.")
     weight_decay: float = HfArg(default=0.0, help="AdamW's decoupled weight decay.")
@@ -98,15 +98,15 @@ class GRPOConfig(reward_lib.RewardOptions):  # the reward flags and their defaul
     max_grad_norm: float = HfArg(default=1.0, help="Clip the gradient to this norm; 0 leaves it alone.")
     seed: int = HfArg(default=42, help="Order of the problems and seeds of the samples.")
     # Machine
-    max_tokens_per_microbatch: int = HfArg(default=0, help="Tokens of a packed micro-batch; 0: longest prompt + answer allowed.")
+    max_tokens_per_microbatch: int = HfArg(default=0, help="Tokens of a micro-batch; 0: longest prompt + answer.")
     activation_checkpointing: str = HfArg(default="full", help="none, full, or selective (keep attention outputs).")
     compile: bool = HfArg(default=False, help="torch.compile each block.")
     shard_size: int = HfArg(default=0, help="Ranks that share one copy of the weights; 0: all.")
     head_chunk_size: int = HfArg(default=2048, help="Tokens whose logits exist at a time.")
     timeout_minutes: float = HfArg(default=120, help="Deadline of every wait between ranks; must cover one rollout.")
-    heartbeat_timeout: float = HfArg(default=300, help="Seconds of silence after which a frozen rank is named and the run ends.")
+    heartbeat_timeout: float = HfArg(default=300, help="Seconds of silence that end the run, naming the frozen rank.")
     # Engines
-    tensor_parallel_size: int = HfArg(default=1, help="Ranks that share one vLLM engine; 14B on 8 H200: 4 (latency decides).")
+    tensor_parallel_size: int = HfArg(default=1, help="Ranks per vLLM engine; 14B on 8 H200: 4 (latency decides).")
     gpu_memory_utilization: float = HfArg(default=0.3, help="Share of GPU memory for vLLM.")
     kv_cache_gb: float = HfArg(default=0, help="GB of KV cache instead of a share; 0: by share on GPU, 0.25 on CPU.")
     max_num_seqs: int = HfArg(default=128, help="Answers an engine decodes together.")
@@ -115,7 +115,7 @@ class GRPOConfig(reward_lib.RewardOptions):  # the reward flags and their defaul
     sync_dir: str = HfArg(default="/dev/shm", help="Where weights are handed to the engines.")
     probe_tolerance: float = HfArg(default=0, help="Mean log-prob gap allowed after a sync; 0: by the engine's dtype.")
     engine_start_timeout: float = HfArg(default=1800, help="Seconds an engine may take to start.")
-    engine_stall_timeout: float = HfArg(default=600, help="Seconds without a new token after which an engine is replaced.")
+    engine_stall_timeout: float = HfArg(default=600, help="Seconds without a new token until an engine is replaced.")
     max_engine_restarts: int = HfArg(default=3, help="Engines replaced per rank before the run gives up.")
     # Saving, evaluating, logging
     save_steps: int = HfArg(default=5, help="Checkpoint every so many steps; 0: only at the end.")
@@ -131,11 +131,11 @@ class GRPOConfig(reward_lib.RewardOptions):  # the reward flags and their defaul
 
 # Flags that may change between a checkpoint and its resumption without changing the result.
 FREE_TO_CHANGE = {
-    "resume", "force", "output_dir", "timeout_minutes", "heartbeat_timeout", "save_steps", "save_total_limit", "keep_steps", "report_to",
-    "max_steps", "activation_checkpointing", "compile", "shard_size", "head_chunk_size", "dry_run", "tensor_parallel_size",
-    "gpu_memory_utilization", "kv_cache_gb", "max_num_seqs", "enforce_eager", "vllm_sleep", "sync_dir", "engine_start_timeout",
-    "engine_stall_timeout", "max_engine_restarts", "max_tokens_per_microbatch", "eval_dataset", "eval_steps", "eval_num_samples",
-    "save_dtype", "probe_tolerance"}
+    "resume", "force", "output_dir", "timeout_minutes", "heartbeat_timeout", "save_steps", "save_total_limit",
+    "keep_steps", "report_to", "max_steps", "activation_checkpointing", "compile", "shard_size", "head_chunk_size",
+    "dry_run", "tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gb", "max_num_seqs", "enforce_eager",
+    "vllm_sleep", "sync_dir", "engine_start_timeout", "engine_stall_timeout", "max_engine_restarts",
+    "max_tokens_per_microbatch", "eval_dataset", "eval_steps", "eval_num_samples", "save_dtype", "probe_tolerance"}
 
 
 def check_config(cfg):
@@ -147,8 +147,8 @@ def check_config(cfg):
     for flag, allowed in choices.items():
         if getattr(cfg, flag) not in allowed:
             raise ValueError(f"--{flag} {getattr(cfg, flag)!r}: choose one of {', '.join(allowed)}")
-    for flag in ("num_prompts_per_step", "max_prompt_length", "max_completion_length", "num_iterations", "tensor_parallel_size",
-                 "temperature", "top_p", "num_train_epochs", "eval_num_samples"):
+    for flag in ("num_prompts_per_step", "max_prompt_length", "max_completion_length", "num_iterations",
+                 "tensor_parallel_size", "temperature", "top_p", "num_train_epochs", "eval_num_samples"):
         if not getattr(cfg, flag) > 0:
             raise ValueError(f"--{flag} {getattr(cfg, flag)} must be above 0")
     for flag in ("beta", "epsilon", "epsilon_high", "rollout_is_cap", "min_p", "dynamic_sampling_rounds"):
@@ -158,12 +158,15 @@ def check_config(cfg):
         if getattr(cfg, flag) > 1:
             raise ValueError(f"--{flag} {getattr(cfg, flag)} is a share: at most 1")
     if cfg.num_generations < 2:
-        raise ValueError(f"--num_generations {cfg.num_generations}: an advantage compares answers to the same problem; use 2 or more")
+        raise ValueError(f"--num_generations {cfg.num_generations}: an advantage compares answers to the same problem; "
+                         "use 2 or more")
     longest = cfg.max_model_length or cfg.max_prompt_length + cfg.max_completion_length
     if longest <= cfg.max_prompt_length:
-        raise ValueError(f"--max_model_length {longest} leaves no room for an answer after --max_prompt_length {cfg.max_prompt_length}")
+        raise ValueError(f"--max_model_length {longest} leaves no room for an answer after "
+                         f"--max_prompt_length {cfg.max_prompt_length}")
     if cfg.max_tokens_per_microbatch and cfg.max_tokens_per_microbatch < longest:
-        raise ValueError(f"--max_tokens_per_microbatch {cfg.max_tokens_per_microbatch} is below the longest prompt + answer, {longest}; "
+        raise ValueError(f"--max_tokens_per_microbatch {cfg.max_tokens_per_microbatch} is below the longest "
+                         f"prompt + answer, {longest}; "
                          "an answer is never cut, so raise it, or 0 for exactly that length")
 
 
@@ -184,8 +187,9 @@ def group_advantages(rewards, scale_rewards="group", eps=1e-4):
     count = known.sum(1, keepdim=True).clamp(min=1)  # (P, 1)
     centered = torch.where(known, values - values.sum(1, keepdim=True) / count, 0.0)  # (P, G)
     # A group whose rewards are equal teaches nothing, but rounding in its mean would be blown up by 1 / eps.
-    spread = torch.where(known, rewards, -math.inf).amax(1, keepdim=True) > torch.where(known, rewards, math.inf).amin(1, keepdim=True)
-    centered = torch.where(spread, centered, 0.0)
+    highest = torch.where(known, rewards, -math.inf).amax(1, keepdim=True)  # (P, 1)
+    lowest = torch.where(known, rewards, math.inf).amin(1, keepdim=True)  # (P, 1)
+    centered = torch.where(highest > lowest, centered, 0.0)
     if scale_rewards == "none":
         return centered
     if scale_rewards == "batch":
@@ -209,8 +213,9 @@ def loss_weights(loss_type, lengths, counted, max_completion_length):
     return [1.0 if c else 0.0 for c in counted], float(max(1, denominator))
 
 
-def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, denominator, epsilon=0.2, epsilon_high=0.2, beta=0.0,
-              importance_sampling_level="token", rollout_logprobs=None, rollout_is_cap=None, sequence_ids=None):
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, denominator, epsilon=0.2, epsilon_high=0.2,
+              beta=0.0, importance_sampling_level="token", rollout_logprobs=None, rollout_is_cap=None,
+              sequence_ids=None):
     """
     The clipped surrogate with a KL term, on one packed micro-batch; arXiv 2402.03300 eq. 3, 4.
 
@@ -218,7 +223,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, denominato
     logprobs.detach() on the first step after a rollout), ref_logprobs of the reference (None if beta is 0), advantages
     repeated on every token of an answer, mask 0 outside answers and m inside (loss_weights), rollout_logprobs as vLLM
     reported them (None: no correction), sequence_ids (int64) naming each token's answer (for level "sequence").
-    Returns (loss, metrics): loss = sum / denominator, a scalar; metrics: sums over the masked-in tokens (detached), to be
+    Returns (loss, metrics): loss = sum / denominator, a scalar; metrics: sums over masked-in tokens (detached), to be
     divided by metrics["tokens"] once they are added up over micro-batches and ranks. Inputs are not modified.
     """
     inside = (mask > 0).to(logprobs.dtype)  # (T,)
@@ -231,7 +236,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, denominato
     ratio = log_ratio.exp()
     surrogate = torch.minimum(
         ratio * advantages,  # min( r_t A,
-        ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages)  # clip(r_t) A ): no gain past the fence; the way back stays open
+        ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages)  # clip(r_t) A ): no gain past the fence; way back open
     if rollout_is_cap:
         # vLLM and the trainer round differently, and top_p / min_p cut the tail: the samples come from q, not pi_old.
         # w_t = min(pi_old / q, cap): unweighted, the gradient is that of another policy. Per token, because the product
@@ -299,14 +304,15 @@ def load_problems(dataset, split, tokenizer, cfg):
     if not problems:
         raise data.DataError(f"{dataset}: no problem to train on; {total} rows dropped: {dict(dropped)}")
     if sum(dropped.values()) > cfg.max_malformed * total:
-        raise data.DataError(f"{dataset}: {sum(dropped.values()) / total:.1%} of the rows were dropped ({dict(dropped)}), more than "
-                             f"--max_malformed {cfg.max_malformed:.1%} allows; repair them or raise it")
+        raise data.DataError(f"{dataset}: {sum(dropped.values()) / total:.1%} of the rows were dropped "
+                             f"({dict(dropped)}), more than --max_malformed {cfg.max_malformed:.1%} allows; "
+                             "repair them or raise it")
     return problems, dict(dropped)
 
 
 def prompts_at(num_problems, cursor, count, seed):
     """
-    Problem numbers at positions cursor .. cursor + count of the endless sequence of epochs, each shuffled by (seed, epoch).
+    Problem numbers at cursor .. cursor + count of the endless sequence of epochs, each shuffled by (seed, epoch).
 
     Position alone decides, so that nothing is repeated or skipped by a resume, nor by prompts that were replaced.
     """
@@ -333,9 +339,11 @@ def sample_groups(engine, layout, ctx, problems, chosen, step, cfg, tokenizer, t
             numbers = list(range(layout.index, len(chosen), layout.count))
             group_problems = [problems[chosen[i]] for i in numbers]
             stream = engine.generate(
-                [p.prompt_ids for p in group_problems], n=cfg.num_generations, temperature=cfg.temperature, top_p=cfg.top_p,
-                min_p=cfg.min_p, max_tokens=[min(cfg.max_completion_length, limit - len(p.prompt_ids)) for p in group_problems],
-                seeds=[[rollout_lib.sampling_seed(cfg.seed, step, p.row, s) for s in range(cfg.num_generations)] for p in group_problems])
+                [p.prompt_ids for p in group_problems], n=cfg.num_generations, temperature=cfg.temperature,
+                top_p=cfg.top_p, min_p=cfg.min_p,
+                max_tokens=[min(cfg.max_completion_length, limit - len(p.prompt_ids)) for p in group_problems],
+                seeds=[[rollout_lib.sampling_seed(cfg.seed, step, p.row, s) for s in range(cfg.num_generations)]
+                       for p in group_problems])
             for local_index, completions in stream:
                 with timer("rewards"):
                     mine[numbers[local_index]] = score_group(group_problems[local_index], completions, cfg, tokenizer)
@@ -377,7 +385,7 @@ def micro_batches(rows, config, ranks, max_tokens):
     """
     For every rank the list of its micro-batches, each a list of row numbers; the same count on every rank.
 
-    Rows are spread over ranks by cost (matmul plus attention), then each rank packs its own, longest packs first. A rank
+    Rows are spread over ranks by cost (matmul + attention), then each rank packs its own, longest packs first. A rank
     with fewer packs gets empty ones: it must join every collective of FSDP, or all ranks hang.
     """
     costs = [policy_lib.flops_per_pack(config, [len(row["ids"])]) for row in rows]
@@ -390,7 +398,7 @@ def micro_batches(rows, config, ranks, max_tokens):
 
 
 def collate_rows(rows, members, device):
-    """Tensors of one micro-batch: those of data.collate plus rollout_logprobs, advantages (T,) float32, sequence_ids (T,) int64."""
+    """A micro-batch: data.collate's tensors plus rollout_logprobs, advantages (T,) float32, sequence_ids (T,) int64."""
     chosen = [rows[i] for i in members]
     batch = data.collate([(row["ids"], row["mask"]) for row in chosen], device)
     if chosen:
@@ -435,16 +443,18 @@ def publish(model, engine, ctx, probe_ids, previous, version, cfg):
             engine_probe = engine.score(probe_ids)
             tolerance = cfg.probe_tolerance or rollout_lib.PROBE_TOLERANCE[str(dtype).removeprefix("torch.")]
             changed = previous is not None and previous["fingerprint"] != fingerprint
-            gap = rollout_lib.check_probe(engine_probe, trainer_probe, previous and previous["engine_probe"], changed, tolerance)
+            gap = rollout_lib.check_probe(engine_probe, trainer_probe, previous and previous["engine_probe"],
+                                          changed, tolerance)
     with policy_lib.together(ctx, "removing old weights"):  # every engine has acknowledged
         if ctx.local_rank == 0:
             rollout_lib.remove_old_versions(folder)
     gap = policy_lib.max_over_ranks(ctx, gap)
-    return {"fingerprint": fingerprint, "engine_probe": engine_probe, "seconds": time.perf_counter() - started, "gap": gap}
+    return {"fingerprint": fingerprint, "engine_probe": engine_probe,
+            "seconds": time.perf_counter() - started, "gap": gap}
 
 
 def mismatch(logprobs, rollout_logprobs, mask):
-    """[sum |gap|, tokens off by more than 10%, tokens] and the largest |gap| between trainer and sampler on one micro-batch."""
+    """[sum |gap|, tokens off by over 10%, tokens] and the largest |gap| of trainer and sampler on one micro-batch."""
     gap = ((logprobs - rollout_logprobs) * (mask > 0)).abs()
     return [float(gap.sum()), float((gap > math.log(1.1)).sum()), float((mask > 0).sum())], float(gap.max())
 
@@ -456,8 +466,9 @@ def write_rollouts(path, step, groups, advantages, version):
         scored = group["scored"]
         for s, (completion, text) in enumerate(zip(group["completions"], group["texts"], strict=True)):
             lines.append(json.dumps({
-                "step": step, "row": group["problem"].row, "prompt_index": p, "sample_index": s, "problem": group["problem"].problem,
-                "answer": group["problem"].answer, "text": text, "token_ids": completion.token_ids, "length": len(completion.token_ids),
+                "step": step, "row": group["problem"].row, "prompt_index": p, "sample_index": s,
+                "problem": group["problem"].problem, "answer": group["problem"].answer, "text": text,
+                "token_ids": completion.token_ids, "length": len(completion.token_ids),
                 "finish_reason": completion.finish_reason, "correct": scored.correct[s], "outcome": scored.outcomes[s],
                 "rewards": {name: values[s] for name, values in scored.parts.items()}, "reward": scored.totals[s],
                 "advantage": float(advantages[p, s]), "version": version}))
@@ -483,12 +494,13 @@ class Timer:
 def main(cfg):
     check_config(cfg)
     ctx = policy_lib.setup_distributed(cfg.timeout_minutes, cfg.shard_size)
-    layout = rollout_lib.engine_layout(ctx.rank, ctx.local_rank, ctx.world_size, ctx.local_world_size, cfg.tensor_parallel_size)
+    layout = rollout_lib.engine_layout(ctx.rank, ctx.local_rank, ctx.world_size, ctx.local_world_size,
+                                       cfg.tensor_parallel_size)
     output_dir = Path(cfg.output_dir)
     longest = cfg.max_model_length or cfg.max_prompt_length + cfg.max_completion_length
     max_tokens = cfg.max_tokens_per_microbatch or longest
 
-    # ----------------------------------------------------------------------------------------------- problems and plan
+    # ---------------------------------------------------------------------------------- problems and plan
     folder = policy_lib.model_folder(cfg.model_name_or_path, ctx)
     model_config = policy_lib.load_config(folder)
     tokenizer = policy_lib.load_tokenizer(folder)
@@ -502,12 +514,14 @@ def main(cfg):
     total_steps = cfg.max_steps if cfg.max_steps > 0 else epoch_steps
     cfg.lr_horizon = horizon = cfg.lr_horizon if cfg.lr_horizon > 0 else total_steps
     if ctx.is_main:
-        memory = policy_lib.estimated_memory_gb(model_config, ctx, max_tokens, cfg.activation_checkpointing, cfg.head_chunk_size, cfg.beta > 0)
+        memory = policy_lib.estimated_memory_gb(model_config, ctx, max_tokens, cfg.activation_checkpointing,
+                                                cfg.head_chunk_size, cfg.beta > 0)
         print(f"""\
 problems   {cfg.dataset}: {len(problems):,} kept; dropped: {', '.join(f'{n} {r}' for r, n in dropped.items()) or 'none'}
-step       {cfg.num_prompts_per_step} prompts x {cfg.num_generations} answers = {cfg.num_prompts_per_step * cfg.num_generations}, \
-{cfg.num_iterations} optimizer step(s) each
-plan       {len(problems) / cfg.num_prompts_per_step:.1f} steps per epoch, {total_steps} steps in all, schedule ends at step {horizon}
+step       {cfg.num_prompts_per_step} prompts x {cfg.num_generations} answers \
+= {cfg.num_prompts_per_step * cfg.num_generations}, {cfg.num_iterations} optimizer step(s) each
+plan       {len(problems) / cfg.num_prompts_per_step:.1f} steps per epoch, {total_steps} steps in all, \
+schedule ends at step {horizon}
 lengths    prompt <= {cfg.max_prompt_length:,}, answer <= {cfg.max_completion_length:,}, together <= {longest:,}; \
 micro-batches of {max_tokens:,} tokens
 sampling   temperature {cfg.temperature}, top_p {cfg.top_p}, min_p {cfg.min_p}\
@@ -519,23 +533,26 @@ output     {output_dir}""", flush=True)
     if cfg.dry_run:
         return
 
-    # ----------------------------------------------------------------------------------------------- engines, model, optimizer
+    # ---------------------------------------------------------------------------------- engines, model, optimizer
     run = policy_lib.open_run(ctx, cfg, FREE_TO_CHANGE, {"data": data.source_hash(cfg.dataset, cfg.dataset_split)})
     engine = None
     if layout.owns_engine:  # starts in the background, while the model loads
         engine = rollout_lib.Engine(
             str(folder), max_model_len=longest + 1, dtype="float32" if ctx.device.type == "cpu" else "bfloat16",
-            tensor_parallel_size=cfg.tensor_parallel_size, devices=layout.devices if ctx.device.type == "cuda" else None,
-            gpu_memory_utilization=cfg.gpu_memory_utilization, kv_cache_gb=cfg.kv_cache_gb or None, max_num_seqs=cfg.max_num_seqs,
-            enforce_eager=cfg.enforce_eager, seed=cfg.seed, log_file=str(output_dir / f"engine-{layout.index}.log"),
-            start_timeout=cfg.engine_start_timeout, stall_timeout=cfg.engine_stall_timeout, max_restarts=cfg.max_engine_restarts,
-            sleep_mode=cfg.vllm_sleep)
+            tensor_parallel_size=cfg.tensor_parallel_size,
+            devices=layout.devices if ctx.device.type == "cuda" else None,
+            gpu_memory_utilization=cfg.gpu_memory_utilization, kv_cache_gb=cfg.kv_cache_gb or None,
+            max_num_seqs=cfg.max_num_seqs, enforce_eager=cfg.enforce_eager, seed=cfg.seed,
+            log_file=str(output_dir / f"engine-{layout.index}.log"), start_timeout=cfg.engine_start_timeout,
+            stall_timeout=cfg.engine_stall_timeout, max_restarts=cfg.max_engine_restarts, sleep_mode=cfg.vllm_sleep)
     torch.manual_seed(cfg.seed)
     model = policy_lib.load_policy(
-        folder, ctx, activation_checkpointing=cfg.activation_checkpointing, compile_blocks=cfg.compile, head_chunk_size=cfg.head_chunk_size)
-    reference = policy_lib.load_policy(folder, ctx, trainable=False, head_chunk_size=cfg.head_chunk_size) if cfg.beta else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=1e-8,
-                                  weight_decay=cfg.weight_decay, fused=True)
+        folder, ctx, activation_checkpointing=cfg.activation_checkpointing, compile_blocks=cfg.compile,
+        head_chunk_size=cfg.head_chunk_size)
+    reference = (policy_lib.load_policy(folder, ctx, trainable=False, head_chunk_size=cfg.head_chunk_size)
+                 if cfg.beta else None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2),
+                                  eps=1e-8, weight_decay=cfg.weight_decay, fused=True)
     scheduler = policy_lib.make_schedule(cfg, optimizer, horizon)
     step, cursor = 0, 0
     if run.checkpoint:
@@ -547,32 +564,32 @@ output     {output_dir}""", flush=True)
     keep_steps = [int(s) for s in cfg.keep_steps.split(",") if s]
     policy_lib.start_heartbeat(ctx, cfg.heartbeat_timeout, lambda: f", in step {step + 1}")
     probe_ids = [token for problem in problems[:64] for token in problem.prompt_ids][:min(256, longest)]
-    sync = publish(model, engine, ctx, probe_ids, None, step, cfg)  # the engines may hold other weights than a resumed run
+    sync = publish(model, engine, ctx, probe_ids, None, step, cfg)  # engines may hold other weights than a resumed run
 
     with policy_lib.stop_on_signal(ctx) as stop_requested:
         while step < total_steps:
             timer, started = Timer(), time.perf_counter()
 
-            # ======================================================================================= 1.-3. prompts, rollout, rewards
+            # ========================================================================== 1.-3. prompts, rollout, rewards
             groups, replaced, wanted = [], 0, cfg.num_prompts_per_step
             with timer("rollout"):
                 for attempt in range(cfg.dynamic_sampling_rounds + 1):
                     chosen = prompts_at(len(problems), cursor, wanted - len(groups), cfg.seed)
                     cursor += len(chosen)
                     fresh = sample_groups(engine, layout, ctx, problems, chosen, step, cfg, tokenizer, timer)
-                    # A group of equal rewards has advantage 0 everywhere: with dynamic sampling (DAPO, arXiv 2503.14476)
-                    # fresh prompts take its place, until the rounds are used up.
+                    # A group of equal rewards has advantage 0 everywhere: with dynamic sampling (DAPO,
+                    # arXiv 2503.14476) fresh prompts take its place, until the rounds are used up.
                     last = attempt == cfg.dynamic_sampling_rounds
                     useful = [g for g in fresh if last or len(set(g["scored"].totals)) > 1]
                     replaced += len(fresh) - len(useful)
                     groups += useful
                     if len(groups) == wanted:
                         break
-            reward_lib.rescore_length_over_batch([g["scored"] for g in groups], cfg)  # only for --length_scope local_batch
+            reward_lib.rescore_length_over_batch([g["scored"] for g in groups], cfg)  # only --length_scope local_batch
             if cfg.vllm_sleep and engine is not None:
                 engine.sleep()
 
-            # ======================================================================================= 4. advantages
+            # ========================================================================== 4. advantages
             rewards = torch.tensor([g["scored"].totals for g in groups], dtype=torch.float64)  # (P, G)
             advantages = group_advantages(rewards, cfg.scale_rewards)  # (P, G)
             completions = [c for g in groups for c in g["completions"]]  # B of them
@@ -585,13 +602,13 @@ output     {output_dir}""", flush=True)
             mine = micro_batches(rows, model_config, ctx.world_size, max_tokens)[ctx.rank]
             batches = [collate_rows(rows, members, ctx.device) for members in mine]
 
-            # ======================================================================================= 5. reference log-probs
+            # ========================================================================== 5. reference log-probs
             ref_logprobs = [None] * len(batches)
             if reference is not None:
                 with timer("reference"), torch.no_grad():
                     ref_logprobs = [policy_logprobs(reference, batch, cfg)[0] for batch in batches]  # [(T,)]
 
-            # ======================================================================================= 6. update
+            # ========================================================================== 6. update
             old_logprobs = [None] * len(batches)
             totals, gap_sums, largest_gap, loss, entropy_sum = Counter(), np.zeros(3), 0.0, 0.0, 0.0
             with timer("update"):
@@ -600,16 +617,16 @@ output     {output_dir}""", flush=True)
                     for i, batch in enumerate(batches):
                         logprobs, entropy = policy_logprobs(model, batch, cfg)  # (T,), (T,)
                         if old_logprobs[i] is None:
-                            # First pass after the rollout: the policy that sampled is this one, so ratio = 1 and no extra
-                            # forward is needed; kept for the iterations that follow.
+                            # First pass after the rollout: the policy that sampled is this one, so ratio = 1 and no
+                            # extra forward is needed; kept for the iterations that follow.
                             old_logprobs[i] = logprobs.detach()
                             sums, biggest = mismatch(old_logprobs[i], batch["rollout_logprobs"], batch["mask"])
                             gap_sums, largest_gap = gap_sums + sums, max(largest_gap, biggest)
                             entropy_sum += float((entropy * (batch["mask"] > 0)).sum())
                         micro_loss, sums = grpo_loss(
-                            logprobs, old_logprobs[i], ref_logprobs[i], batch["advantages"], batch["mask"], denominator, cfg.epsilon,
-                            cfg.epsilon_high, cfg.beta, cfg.importance_sampling_level, batch["rollout_logprobs"],
-                            cfg.rollout_is_cap, batch["sequence_ids"])
+                            logprobs, old_logprobs[i], ref_logprobs[i], batch["advantages"], batch["mask"], denominator,
+                            cfg.epsilon, cfg.epsilon_high, cfg.beta, cfg.importance_sampling_level,
+                            batch["rollout_logprobs"], cfg.rollout_is_cap, batch["sequence_ids"])
                         micro_loss.backward()  # summed over micro-batches and over ranks
                         iteration_loss += float(micro_loss.detach())
                         totals.update(sums)
@@ -618,53 +635,63 @@ output     {output_dir}""", flush=True)
                     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                         raise FloatingPointError(
                             f"step {step + 1}: loss {loss}, gradient norm {grad_norm}. Problems of this step: rows "
-                            f"{[g['problem'].row for g in groups]}. Last good checkpoint: {policy_lib.last_checkpoint(output_dir)}")
+                            f"{[g['problem'].row for g in groups]}. "
+                            f"Last good checkpoint: {policy_lib.last_checkpoint(output_dir)}")
                     learning_rate = scheduler.get_last_lr()[0]
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
             scheduler.step()
             version, step = step, step + 1
 
-            # ======================================================================================= 7. publish
+            # ========================================================================== 7. publish
             with timer("sync"):
                 sync = publish(model, engine, ctx, probe_ids, sync, step, cfg)
 
-            # ======================================================================================= 8. log, evaluate, save
-            metrics = {"step": step, "epoch": cursor / len(problems), "loss": loss, "lr": learning_rate, "grad_norm": grad_norm,
-                       **rollout_metrics(groups, lengths, truncated, rewards), "dynamic_sampling/replaced": replaced}
-            reduced = policy_lib.sum_over_ranks(ctx, *(totals[k] for k in ("tokens", "clip_low", "clip_high", "ratio", "kl")),
+            # ========================================================================== 8. log, evaluate, save
+            metrics = {"step": step, "epoch": cursor / len(problems), "loss": loss, "lr": learning_rate,
+                       "grad_norm": grad_norm, **rollout_metrics(groups, lengths, truncated, rewards),
+                       "dynamic_sampling/replaced": replaced}
+            names = ("clip_low", "clip_high", "ratio", "kl")
+            reduced = policy_lib.sum_over_ranks(ctx, totals["tokens"], *(totals[name] for name in names),
                                                 *gap_sums, entropy_sum)
             tokens, sampled = max(1.0, reduced[0]), max(1.0, reduced[7])
-            metrics |= {f"update/{name}": value / tokens for name, value in zip(("clip_low", "clip_high", "ratio", "kl"), reduced[1:5], strict=True)}
+            metrics |= {f"update/{name}": value / tokens for name, value in zip(names, reduced[1:5], strict=True)}
             metrics |= {"rollout/logprob_gap": reduced[5] / sampled, "rollout/off_by_10_percent": reduced[6] / sampled,
-                        "rollout/logprob_gap_max": policy_lib.max_over_ranks(ctx, largest_gap), "update/entropy": reduced[8] / sampled,
-                        "sync/seconds": sync["seconds"], "sync/logprob_gap": sync["gap"], "rollout/engine_restarts":
-                        policy_lib.sum_over_ranks(ctx, engine.restarts if engine else 0)[0]}
+                        "rollout/logprob_gap_max": policy_lib.max_over_ranks(ctx, largest_gap),
+                        "update/entropy": reduced[8] / sampled,
+                        "sync/seconds": sync["seconds"], "sync/logprob_gap": sync["gap"],
+                        "rollout/engine_restarts": policy_lib.sum_over_ranks(ctx, engine.restarts if engine else 0)[0]}
             if eval_problems and (step % cfg.eval_steps == 0 or step == total_steps):
                 with timer("eval"):
                     metrics |= evaluate(engine, layout, ctx, eval_problems, cfg, tokenizer, timer)
-            update_flops = cfg.num_iterations * policy_lib.flops_per_pack(model_config, [len(row["ids"]) for row in rows]) / ctx.world_size
+            flops = policy_lib.flops_per_pack(model_config, [len(row["ids"]) for row in rows])
+            update_flops = cfg.num_iterations * flops / ctx.world_size
             seconds = time.perf_counter() - started
             peak = policy_lib.peak_flops(ctx.device)
             metrics |= {"tokens": sum(lengths), "tokens_per_second": sum(lengths) / seconds,
                         "rollout/tokens_per_second": sum(lengths) / timer.seconds["rollout"],
                         "mfu": update_flops / timer.seconds["update"] / peak if peak else None,
-                        "peak_memory_gb": policy_lib.max_over_ranks(ctx, policy_lib.peak_memory_gb(ctx.device)), "time/step": seconds}
+                        "peak_memory_gb": policy_lib.max_over_ranks(ctx, policy_lib.peak_memory_gb(ctx.device)),
+                        "time/step": seconds}
             metrics |= {f"time/{phase}": value for phase, value in timer.seconds.items()}
             if ctx.is_main:
                 write_rollouts(output_dir / "rollouts" / f"step-{step:06d}.jsonl", step, groups, advantages, version)
-            log.write(metrics, f"step {step}/{total_steps}  reward {metrics['reward/total']:.3f}  correct {metrics['completions/correct']:.2f}  "
-                      f"length {metrics['completions/mean_length']:.0f}  cut {metrics['completions/truncated']:.0%}  loss {loss:+.4f}  "
-                      f"kl {metrics['update/kl']:.4f}  grad {grad_norm:.2f}  | {seconds:.1f} s: " +
-                      ", ".join(f"{phase} {value:.1f}" for phase, value in timer.seconds.items() if phase != "rewards") +
+            log.write(metrics, f"step {step}/{total_steps}  reward {metrics['reward/total']:.3f}  "
+                      f"correct {metrics['completions/correct']:.2f}  "
+                      f"length {metrics['completions/mean_length']:.0f}  cut {metrics['completions/truncated']:.0%}  "
+                      f"loss {loss:+.4f}  kl {metrics['update/kl']:.4f}  grad {grad_norm:.2f}  | {seconds:.1f} s: " +
+                      ", ".join(f"{phase} {value:.1f}" for phase, value in timer.seconds.items()
+                                if phase != "rewards") +
                       (f"  | eval accuracy {metrics['eval/pass@1']:.3f}" if "eval/pass@1" in metrics else ""))
             stopping = stop_requested()
             if stopping or step == total_steps or (cfg.save_steps and step % cfg.save_steps == 0) or step in keep_steps:
                 policy_lib.save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step,
-                                           {"cursor": cursor, "config": asdict(cfg), **run.identity}, cfg.save_total_limit, keep_steps)
+                                           {"cursor": cursor, "config": asdict(cfg), **run.identity},
+                                           cfg.save_total_limit, keep_steps)
             if stopping and step < total_steps:
                 log.close()
-                raise policy_lib.Stopped(f"stopped by a signal after step {step} of {total_steps}; continue with --resume")
+                raise policy_lib.Stopped(f"stopped by a signal after step {step} of {total_steps}; "
+                                         "continue with --resume")
 
     policy_lib.save_hf(model, output_dir / "final", ctx, policy_lib.DTYPES[cfg.save_dtype], tokenizer,
                        policy_lib.generation_config(folder, data.stop_token_id(tokenizer)))
@@ -680,7 +707,8 @@ def sampling_bias_note(cfg):
     """What truncated sampling does to the gradient, said at start-up."""
     if cfg.top_p == 1 and cfg.min_p == 0:
         return ""
-    corrected = f"corrected by importance weights up to {cfg.rollout_is_cap}" if cfg.rollout_is_cap else "NOT corrected (--rollout_is_cap 0)"
+    corrected = (f"corrected by importance weights up to {cfg.rollout_is_cap}" if cfg.rollout_is_cap
+                 else "NOT corrected (--rollout_is_cap 0)")
     return f" -- top_p < 1 or min_p > 0: samples come from a cut-off distribution; {corrected}"
 
 
