@@ -655,7 +655,7 @@ LATEX_LAYOUT = re.compile(
 
 # The stock ending of contest problems, "... m/n, where m and n are relatively prime positive integers. Find m+n.", is
 # shared by problems that share nothing else: AIME 1983-2023 against the benchmarks of RECIPES 6.7 has 209 runs of 13
-# words in common, 16 once a run needs three words that are not of this kind, and those 16 hold every true copy.
+# words in common, 16 once a run needs three words that are not of this kind; none of the others is a copy.
 STOCK_WORDS = frozenset(
     "can be written expressed in as the form frac sqrt m n p q a b c d r s k where and are relatively prime coprime "
     "positive integers integer is not divisible by square of any find what enter your answer an or that".split())
@@ -867,14 +867,14 @@ def read_light_r1(row, args):
     """
     A row of Light-R1-SFTData: a prompt and one R1 answer in `conversations`, no gold.
 
-    The answer is what the trace says after it stopped thinking; only where there is no box, what it said anywhere.
+    The answer is the trace's last box: what it says after </think>, or where it has none there, what it said before.
     """
     turns = row.get("conversations")
     texts = [turn.get("value") for turn in turns if isinstance(turn, dict)][:2] if isinstance(turns, list) else []
     if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
         return None, "conversations is not a question and an answer"
     problem, trace = texts[0].strip(), texts[1]
-    answer = reward_lib.extract_answer(trace.rpartition("</think>")[2]) or reward_lib.extract_answer(trace)
+    answer = reward_lib.extract_answer(trace)
     if answer is None:
         return None, "no boxed answer in the trace"
     return make_example(row, problem or None, answer, [trace], args)

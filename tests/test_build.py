@@ -160,6 +160,15 @@ def test_sft_set_row_by_row(tmp_path, word_counter):
     assert report["rows"] == len(rows) and report["tokens"] == sum(len(row["generation"].split()) for row in rows)
 
 
+def test_long_means_longer_than(tmp_path, word_counter):
+    hard, light = [openr1_row(99, [True])], [light_row("x", trace(2))]
+    sources = {"openr1_math": [openr1_row(0, [True])], "openr1_hard": hard, "light_r1": light}
+    tokens = len(sources["openr1_math"][0]["generations"][0].split())
+    for limit, kept in ((tokens - 1, 1), (tokens, 0)):
+        _, report = build(tmp_path, "fast_math_r1_sft", sources, "--a_min_tokens", limit)
+        assert report["sources"]["openr1_long"]["kept"] == kept
+
+
 def sources_of(rows):
     return {row["problem"].split(" about")[0].split()[-1]: row["source"].removeprefix("openr1_") for row in rows}
 
@@ -257,13 +266,13 @@ def test_open_rs_sets(tmp_path):
     ]
     assert report["sources"]["open_s1"]["dropped"] == {"no problem text": 1}
     assert len(build(tmp_path, "open_rs2", {"open_rs": s1[:2]})[0]) == 2
-    hard = [row("deep", i, str(i)) for i in range(3)]
-    raw = [row("deep", i, str(i)) for i in range(6)]
+    hard = [row("deep", i, str(i)) for i in range(3500)]  # more than are drawn: the rest is not easy for that
+    raw = [row("deep", i, str(i)) for i in range(3503)]
     rows, _ = build(
         tmp_path, "open_rs2", {"open_s1": s1, "open_deepscaler": hard, "deepscaler": raw}, "--open_rs2_from", "parts"
     )
-    assert {row["problem"] for row in rows if row["level"] == "Easy"} == {f"deep problem {i}" for i in (3, 4, 5)}
-    assert sum(row["level"] == "Hard" for row in rows) == 6
+    assert {row["problem"] for row in rows if row["level"] == "Easy"} == {f"deep problem {3500 + i}" for i in range(3)}
+    assert sum(row["level"] == "Hard" for row in rows) == 3000 + 3
 
 
 @pytest.mark.parametrize(
@@ -383,6 +392,10 @@ BENCHMARK = [
 def test_planted_overlaps_are_found_and_near_misses_left(problem, benchmark):
     (hit,) = data.contamination([problem], BENCHMARK)
     assert (hit and hit[0]) == benchmark
+
+
+def test_texts_without_words_are_no_copies_of_each_other():
+    assert data.contamination(["?!", "  "], ["...", ""]) == [None, None]
 
 
 def test_words_and_position_do_not_matter():
