@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -463,7 +463,15 @@ def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_che
 
 
 def named_weights(model):
-    """[(Hugging Face name, parameter)] in a fixed order; the checkpoint wrapper's prefix removed."""
+    """
+    [(Hugging Face name, sharded parameter)] in a fixed order; the checkpoint wrapper's prefix removed.
+
+    A forward without a backward leaves the root and the head gathered, as bf16 copies on a GPU; what is saved must be the
+    fp32 masters, so they are put back to their shards first.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return [(name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters()]
 
 
@@ -950,7 +958,7 @@ def check_common_flags(cfg):
     for flag, allowed in choices.items():
         if getattr(cfg, flag) not in allowed:
             raise ValueError(f"--{flag} {getattr(cfg, flag)!r}: choose one of {', '.join(allowed)}")
-    for flag in ("learning_rate", "head_chunk_size", "timeout_minutes", "heartbeat_timeout"):
+    for flag in ("learning_rate", "logging_steps", "head_chunk_size", "timeout_minutes", "heartbeat_timeout"):
         if not getattr(cfg, flag) > 0:
             raise ValueError(f"--{flag} {getattr(cfg, flag)} must be above 0")
     for flag in ("warmup_ratio", "min_lr_rate"):
@@ -994,8 +1002,9 @@ def run_main(main, config_class):
 class RunLog:
     """metrics.jsonl (always), a tqdm bar (rank 0) and one optional tracker. Rank 0 writes; other ranks do nothing."""
 
-    def __init__(self, ctx, output_dir, config, total_steps, first_step, report_to="none", unit="step"):
+    def __init__(self, ctx, output_dir, config, total_steps, first_step, report_to="none", logging_steps=1):
         self.is_main, self.bar, self.tracker, self.report_to = ctx.is_main, None, None, report_to
+        self.total_steps, self.logging_steps = total_steps, logging_steps
         if not self.is_main:
             return
         from tqdm import tqdm
@@ -1005,7 +1014,7 @@ class RunLog:
         resumed = first_step and self.path.exists()
         kept = [r for r in read_jsonl(self.path) if r["step"] <= first_step] if resumed else []
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.bar = tqdm(total=total_steps, initial=first_step, unit=unit, dynamic_ncols=True, smoothing=0.1,
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1,
                         file=sys.stderr)
         name = Path(output_dir).name
         if report_to == "tensorboard":
@@ -1026,8 +1035,9 @@ class RunLog:
         with open(self.path, "a") as file:
             file.write(json.dumps(metrics) + "\n")
         self.bar.update(metrics["step"] - self.bar.n)
-        self.bar.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        if metrics["step"] % self.logging_steps == 0 or metrics["step"] in (1, self.total_steps):
+            self.bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
         numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
         if self.report_to == "tensorboard":
             for key, value in numbers.items():

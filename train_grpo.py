@@ -125,6 +125,7 @@ class GRPOConfig(reward_lib.RewardOptions):  # the reward flags and their defaul
     eval_dataset: str = HfArg(default="", help="Problems for evaluation with the same engines; empty: none.")
     eval_steps: int = HfArg(default=10, help="Evaluate every so many steps, and at the end.")
     eval_num_samples: int = HfArg(default=4, help="Samples per problem in evaluation, with the training's sampling.")
+    logging_steps: int = HfArg(default=1, help="Print a line every so many steps; metrics.jsonl gets all.")
     report_to: str = HfArg(default="none", help="tensorboard, wandb or trackio beside metrics.jsonl.")
     dry_run: bool = HfArg(default=False, help="Print the plan without loading a model or starting an engine.")
 
@@ -135,7 +136,7 @@ FREE_TO_CHANGE = {
     "keep_steps", "report_to", "max_steps", "activation_checkpointing", "compile", "shard_size", "head_chunk_size",
     "dry_run", "tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gb", "max_num_seqs", "enforce_eager",
     "vllm_sleep", "sync_dir", "engine_start_timeout", "engine_stall_timeout", "max_engine_restarts",
-    "max_tokens_per_microbatch", "eval_dataset", "eval_steps", "eval_num_samples", "save_dtype", "probe_tolerance"}
+    "max_tokens_per_microbatch", "eval_dataset", "eval_steps", "eval_num_samples", "save_dtype", "logging_steps", "probe_tolerance"}
 
 
 def check_config(cfg):
@@ -560,7 +561,7 @@ output     {output_dir}""", flush=True)
         step, cursor = trainer_state["step"], trainer_state["cursor"]
     if step >= total_steps:
         raise ValueError(f"nothing to do: {run.checkpoint} has reached step {step} of {total_steps}; raise --max_steps")
-    log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, step, cfg.report_to)
+    log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, step, cfg.report_to, cfg.logging_steps)
     keep_steps = [int(s) for s in cfg.keep_steps.split(",") if s]
     policy_lib.start_heartbeat(ctx, cfg.heartbeat_timeout, lambda: f", in step {step + 1}")
     probe_ids = [token for problem in problems[:64] for token in problem.prompt_ids][:min(256, longest)]

@@ -83,6 +83,7 @@ class SFTConfig:
     save_dtype: str = HfArg(default="bfloat16", help="Type of the weights in final: bfloat16 or float32.")
     eval_dataset: str = HfArg(default="", help="Held-out rows for an evaluation loss; empty: none.")
     eval_steps: int = HfArg(default=50, help="Evaluate every so many steps, and at the end.")
+    logging_steps: int = HfArg(default=1, help="Print a line every so many steps; metrics.jsonl gets all.")
     report_to: str = HfArg(default="none", help="tensorboard, wandb or trackio beside metrics.jsonl.")
     dry_run: bool = HfArg(default=False, help="Print the plan (tokens, packs, steps, memory) without loading a model.")
 
@@ -90,7 +91,7 @@ class SFTConfig:
 # Flags that may change between a checkpoint and its resumption without changing the result.
 FREE_TO_CHANGE = {"resume", "force", "output_dir", "cache_dir", "timeout_minutes", "heartbeat_timeout", "save_steps",
                   "save_total_limit", "keep_steps", "report_to", "max_steps", "activation_checkpointing", "compile",
-                  "shard_size", "dry_run", "eval_steps", "head_chunk_size", "eval_dataset", "save_dtype"}
+                  "shard_size", "dry_run", "eval_steps", "head_chunk_size", "eval_dataset", "save_dtype", "logging_steps"}
 
 
 def check_config(cfg):
@@ -204,7 +205,7 @@ output     {output_dir}""", flush=True)
     if first_step >= total_steps:
         raise ValueError(f"nothing to do: {run.checkpoint} has reached step {first_step} of {total_steps}; "
                          "raise --max_steps or --num_train_epochs")
-    log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, first_step, cfg.report_to)
+    log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, first_step, cfg.report_to, cfg.logging_steps)
     keep_steps = [int(s) for s in cfg.keep_steps.split(",") if s]
     policy_lib.start_heartbeat(ctx, cfg.heartbeat_timeout, lambda: f", in step {step + 1}")
     step = first_step

@@ -191,6 +191,17 @@ def test_fingerprint_follows_the_weights(tmp_path, ctx):
     assert prints[0] == prints[1] != prints[2]
 
 
+def test_masters_are_saved_after_a_forward_without_backward(tmp_path, ctx):
+    """Such a forward leaves bf16 copies in place of the fp32 masters until the next backward."""
+    reference = tiny_model(tmp_path / "in")
+    model = policy_lib.load_policy(tmp_path / "in", ctx, compute_dtype=torch.bfloat16)
+    with torch.no_grad():
+        packed_loss(model, random_documents(7, [20]), 5)
+    policy_lib.save_hf(model, tmp_path / "out", ctx, torch.float32)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in reference.state_dict().items())
+
+
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda f: (f / "model.safetensors").write_bytes(b"\x00" * 100), "not a valid safetensors file"),
     (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1000]), "not a valid safetensors file"),
