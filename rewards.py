@@ -166,18 +166,18 @@ TYPED = {name: name for name in FUNCTIONS | {"sqrt", "pi", "infty", "theta", "al
 UNITS = {spelling: line.split()[0] for line in """
     mm millimeter millimeters; cm centimeter centimeters centimetre centimetres; m meter meters metre metres
     nm nanometer nanometers; km kilometer kilometers kilometre kilometres; in inch inches; ft foot feet; yd yard yards
-    mi mile miles; mg milligram milligrams; kg kilogram kilograms; g gram grams; lb lbs pound pounds; oz ounce ounces; ton tons
-    ml mL milliliter milliliters; L l liter liters litre litres; gallon gallons gal; quart quarts; cup cups; acre acres
+    mi mile miles; mg milligram milligrams; kg kilogram kilograms; g gram grams; lb lbs pound pounds; oz ounce ounces
+    ml mL milliliter milliliters; L l liter liters litre litres; gallon gallons gal; quart quarts; cup cups; ton tons
     s sec secs second seconds; min mins minute minutes; h hr hrs hour hours; day days; week weeks; month months; am; pm
     yr yrs year years; Hz hertz; kHz kilohertz; MHz megahertz; J joule joules; kJ kilojoule kilojoules; N newton newtons
-    Pa pascal pascals; W watt watts; kW kilowatt kilowatts; V volt volts; A amp amps ampere amperes; ohm ohms; eV; kcal
+    Pa pascal pascals; W watt watts; kW kilowatt kilowatts; V volt volts; A amp amps ampere amperes; ohm ohms; eV; kcal; acre acres
     K kelvin kelvins; C celsius; F fahrenheit; mol mole moles; deg degree degrees; rad radian radians; % percent
     dollar dollars usd USD; cent cents; euro euros""".replace("\n", ";").split(";")
          if line.split() for spelling in line.split()}
 # Words that may follow a number without \text.
 TYPED_UNITS = set(UNITS) | set("""mph unit units people students ways dogs points times marbles apples books cars
-    integers values pairs solutions th st nd rd sq square cubic per edges vertices numbers old coins games balls cards tickets
-    pieces triangles children men women boys girls AU pc ly angstrom angstroms arcsec erg ergs""".split())
+    integers values pairs solutions th st nd rd sq square cubic per edges vertices numbers old coins games balls cards
+    tickets pieces triangles children men women boys girls AU pc ly angstrom angstroms arcsec erg ergs""".split())
 NUMBER_WORDS = {word: Fraction(n) for n, word in enumerate("""zero one two three four five six seven eight nine ten
     eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split())}
 MULTIPLIERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # powers of ten
@@ -1352,7 +1352,7 @@ def gold_answer(answer):
         answer = extract_answer(answer) or ""
     elif "####" in answer:
         answer = answer.rpartition("####")[2].strip()
-    return answer if answer and len(answer) <= MAX_CHARACTERS and read(answer) != (None, None) else None
+    return answer if answer and len(answer) <= MAX_CHARACTERS and read(answer)[0] is not None else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1369,8 +1369,9 @@ class RewardOptions:
     """Reward flags of train_grpo.py. Defaults: Fast-Math-R1 stage 2 with what its code does by accident repaired."""
 
     reward_funcs: str = flag(
-        "format,cosine,length", "Comma list of accuracy, format, format_open_rs, cosine, length, repetition, soft_overlong, "
-        "or path/to/file.py:function, called as function(completion, answer) in a process that is killed when it is late.")
+        "format,cosine,length", "Comma list of accuracy, format, format_open_rs, cosine, length, repetition, "
+        "soft_overlong, or path/to/file.py:function, called as function(completion, answer) in a process that is killed "
+        "when it is late.")
     reward_weights: str = flag("", "Comma list, one weight per reward; empty: all 1.")
     answer_scope: str = flag("full", "Which box counts. full: the last of the completion, as in the recipe; "
                              "before_think_end: the last before </think>, as deployed.")
@@ -1424,8 +1425,8 @@ def check_reward_options(options):
     if len(set(map(part_name, names))) != len(names):
         raise ValueError(f"--reward_funcs {options.reward_funcs!r} names a reward twice; they are logged by name")
     if len(weights) != len(names):
-        raise ValueError(f"--reward_weights {options.reward_weights!r} has {len(weights)} numbers for {len(names)} rewards: "
-                         f"{options.reward_funcs}; name one weight for each")
+        raise ValueError(f"--reward_weights {options.reward_weights!r} has {len(weights)} numbers for {len(names)} "
+                         f"rewards, {options.reward_funcs}: give one weight for each")
     for name in names:
         path, colon, _ = name.rpartition(":")
         if name not in BUILT_IN and not (colon and path.endswith(".py")):
@@ -1732,9 +1733,9 @@ class Worker:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         arguments = [function, str(theirs.fileno()), str(memory_gb), str(os.getpid())]
         try:
-            self.process = subprocess.Popen([sys.executable, __file__, "--worker", *arguments], pass_fds=[theirs.fileno()],
-                                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                            start_new_session=True, env=environment)
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "--worker", *arguments], pass_fds=[theirs.fileno()], start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
         finally:
             theirs.close()
         self.buffer = b""
