@@ -18,11 +18,12 @@ def tiny_config(arch="qwen2", tie=False, vocab_size=336, hidden_size=64, layers=
     """A two-layer decoder config; arch: qwen2, qwen3 or llama."""
     import transformers
 
-    cls = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}[arch]
+    cls = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config,
+           "llama": transformers.LlamaConfig}[arch]
     extra = {"head_dim": 16} if arch == "qwen3" else {}
-    return cls(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
-               num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=tie, initializer_range=0.1,
-               bos_token_id=None, eos_token_id=1, pad_token_id=0, **extra)
+    return cls(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=96, num_hidden_layers=layers,
+               num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=tie,
+               initializer_range=0.1, bos_token_id=None, eos_token_id=1, pad_token_id=0, **extra)
 
 
 def tiny_model(path, arch="qwen2", tie=False, seed=0, **options):
@@ -54,12 +55,14 @@ def tokenizer(demo):
 def run(*command, timeout=300, **environment):
     """Run a program of this checkout to its end; returns subprocess.CompletedProcess with text output."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout,
+                          check=False)
 
 
 def torchrun(script, *flags, ranks=2, timeout=300):
     """Run a script under a real torchrun with gloo ranks; ranks=1 runs it without torchrun."""
     if ranks == 1:
         return run(sys.executable, ROOT / script, *flags, timeout=timeout)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks,
+                "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     return run(*launcher, ROOT / script, *flags, timeout=timeout)
