@@ -46,7 +46,8 @@ def reference_loss(reference, documents, denominator):
 
 
 def gradients(model):
-    return {n: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone() for n, p in policy_lib.named_weights(model)}
+    return {n: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
+            for n, p in policy_lib.named_weights(model)}
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
@@ -56,7 +57,8 @@ def assert_close(ours, theirs, tolerance=1e-5):
 
 
 # ------------------------------------------------------------------------------------------------ against transformers
-@pytest.mark.parametrize(("arch", "tie"), [("qwen2", False), ("qwen2", True), ("qwen3", True), ("qwen3", False), ("llama", False)])
+@pytest.mark.parametrize(("arch", "tie"), [
+    ("qwen2", False), ("qwen2", True), ("qwen3", True), ("qwen3", False), ("llama", False)])
 def test_packed_loss_and_gradients_are_those_of_transformers(arch, tie, tmp_path, ctx):
     reference = tiny_model(tmp_path, arch, tie)
     model = policy_lib.load_policy(tmp_path, ctx)
@@ -141,7 +143,8 @@ def test_chunked_head_passes_gradcheck():
     torch.manual_seed(1)
     hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda h, w: policy_lib.token_logprobs(h, w, torch.tensor([0, 6, 3, 3, 1]), 1.3, 2)[0], (hidden, weight))
+    targets = torch.tensor([0, 6, 3, 3, 1])
+    assert torch.autograd.gradcheck(lambda h, w: policy_lib.token_logprobs(h, w, targets, 1.3, 2)[0], (hidden, weight))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -161,7 +164,8 @@ def test_chunked_head_never_holds_tokens_times_vocabulary():
     tokens, vocabulary, width, chunk = 512, 1000, 8, 32
     hidden, weight = torch.randn(tokens, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
     with LargestTensor() as seen:
-        policy_lib.token_logprobs(hidden, weight, torch.randint(vocabulary, (tokens,)), chunk_size=chunk)[0].sum().backward()
+        targets = torch.randint(vocabulary, (tokens,))
+        policy_lib.token_logprobs(hidden, weight, targets, chunk_size=chunk)[0].sum().backward()
     assert seen.largest == chunk * vocabulary
 
 
@@ -204,11 +208,13 @@ def test_masters_are_saved_after_a_forward_without_backward(tmp_path, ctx):
 
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda f: (f / "model.safetensors").write_bytes(b"\x00" * 100), "not a valid safetensors file"),
-    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1000]), "not a valid safetensors file"),
+    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1000]),
+     "not a valid safetensors file"),
     (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "convert them to safetensors"),
     (lambda f: (f / "config.json").write_text("{"), "not a model config"),
     (lambda f: (f / "config.json").unlink(), "no config.json"),
-    (lambda f: (f / "config.json").write_text(json.dumps({**json.loads((f / "config.json").read_text()), "hidden_size": 32})), "by config.json"),
+    (lambda f: (f / "config.json").write_text(json.dumps({**json.loads((f / "config.json").read_text()),
+                                                          "hidden_size": 32})), "by config.json"),
 ])
 def test_a_damaged_model_folder_is_one_clear_error(damage, message, tmp_path, ctx):
     tiny_model(tmp_path)
@@ -257,7 +263,8 @@ empty.backward()
 grads = gradients(model)
 policy_lib.save_hf(model, {out!r} + str(ctx.world_size), ctx, torch.float32)
 if ctx.rank == 0:
-    torch.save({{"loss": total, "grads": grads, "largest": largest, "total": sum(p.numel() for p in model.parameters())}}, {out!r} + str(ctx.world_size) + ".pt")
+    torch.save({{"loss": total, "grads": grads, "largest": largest,
+                 "total": sum(p.numel() for p in model.parameters())}}, {out!r} + str(ctx.world_size) + ".pt")
 """
 
 
@@ -265,7 +272,8 @@ if ctx.rank == 0:
 def test_two_ranks_equal_one(arch, tie, tmp_path):
     reference = tiny_model(tmp_path / "model", arch, tie)
     script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path / "model"), out=str(tmp_path / "world")))
+    script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path / "model"),
+                                       out=str(tmp_path / "world")))
     for ranks in (1, 2):
         done = run(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks, "--rdzv_backend", "c10d",
                    "--rdzv_endpoint", "localhost:0", script)
@@ -288,7 +296,8 @@ def test_damaged_checkpoints_are_seen(tmp_path, ctx):
     packed_loss(model, random_documents(6, [20]), 5).backward()
     optimizer.step()
     for step in (1, 2, 3, 4):
-        folder = policy_lib.save_checkpoint(model, optimizer, scheduler, ctx, tmp_path, step, {}, save_total_limit=2, keep_steps=(1,))
+        folder = policy_lib.save_checkpoint(model, optimizer, scheduler, ctx, tmp_path, step, {},
+                                            save_total_limit=2, keep_steps=(1,))
     assert policy_lib.checkpoint_steps(tmp_path) == [1, 3, 4]
     assert policy_lib.newest_checkpoint(tmp_path, ctx) == folder
     shard = next(folder.glob("*.distcp"))
