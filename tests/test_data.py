@@ -13,12 +13,15 @@ import data
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-DEEPSEEK = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}{% elif m['role'] == 'user' %}"
-            "{{ '<｜User｜>' + m['content'] }}{% else %}{% set c = m['content'] %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}"
+DEEPSEEK = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}"
+            "{% elif m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
+            "{% else %}{% set c = m['content'] %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}"
             "{% endif %}{{ '<｜Assistant｜>' + c + eos_token }}{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}")
-LLAMA3 = ("{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+LLAMA3 = ("{{ bos_token }}{% for m in messages %}"
+          "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+          "{% endfor %}{% if add_generation_prompt %}"
+          "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
 
 
 @pytest.fixture
@@ -29,8 +32,9 @@ def make_tokenizer(demo):
 
     def make(template, specials, bos=None, eos="<eos>", adds_bos=False):
         backend = Tokenizer.from_file(str(demo / "base" / "tokenizer.json"))
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token=eos, bos_token=bos,
-                                                         additional_special_tokens=specials, clean_up_tokenization_spaces=False)
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=backend, eos_token=eos, pad_token=eos, bos_token=bos, additional_special_tokens=specials,
+            clean_up_tokenization_spaces=False)
         if adds_bos:
             from tokenizers.processors import TemplateProcessing
             tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -42,8 +46,10 @@ def make_tokenizer(demo):
 
 
 TEMPLATES = {
-    "chatml": ((CHATML, ["<|im_start|>", "<|im_end|>"], None, "<|im_end|>"), "<|im_start|>assistant\n", "<|im_end|>", "\n"),
-    "deepseek": ((DEEPSEEK, ["<｜User｜>", "<｜Assistant｜>"], "<bos>", "<eos>"), "<｜Assistant｜><think>\n", "<eos>", ""),
+    "chatml": ((CHATML, ["<|im_start|>", "<|im_end|>"], None, "<|im_end|>"),
+               "<|im_start|>assistant\n", "<|im_end|>", "\n"),
+    "deepseek": ((DEEPSEEK, ["<｜User｜>", "<｜Assistant｜>"], "<bos>", "<eos>"),
+                 "<｜Assistant｜><think>\n", "<eos>", ""),
     "llama3": ((LLAMA3, ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<bos>", "<eos>"),
                "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", ""),
     "open_r1_roles": ((data.OPEN_R1_ROLES, [], None, "<eos>"), "<|assistant|>\n", "<eos>", "\n"),
@@ -103,19 +109,24 @@ def test_a_template_without_an_end_of_turn_is_refused(make_tokenizer):
 GOOD = {"problem": "1+1", "generation": "2"}
 BAD_LINES = {
     "no column 'generation'": {"problem": "x"}, "empty user text": {"problem": "  ", "generation": "2"},
-    "user text is not a string": {"problem": 3, "generation": "2"}, "assistant text is not a string": {"problem": "x", "generation": None},
+    "user text is not a string": {"problem": 3, "generation": "2"},
+    "assistant text is not a string": {"problem": "x", "generation": None},
     "no assistant turn at the end": {"messages": [{"role": "user", "content": "x"}]},
-    "more than one assistant turn": {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant", "user", "assistant")]},
-    "messages is not a list of objects": {"messages": "x"}, "not a JSON object": [1], "longer than 40 tokens": {**GOOD, "generation": "long " * 50},
+    "more than one assistant turn": {
+        "messages": [{"role": r, "content": "x"} for r in ("user", "assistant", "user", "assistant")]},
+    "messages is not a list of objects": {"messages": "x"}, "not a JSON object": [1],
+    "longer than 40 tokens": {**GOOD, "generation": "long " * 50},
     "a role that is not system, user or assistant": {"messages": [{"role": "tool", "content": "x"}]},
 }
-BAD_BYTES = {"not JSON": b"{", "not UTF-8": b'{"problem": "\xff", "generation": "2"}', "duplicate key": b'{"problem": "a", "problem": "b"}',
+BAD_BYTES = {"not JSON": b"{", "not UTF-8": b'{"problem": "\xff", "generation": "2"}',
+             "duplicate key": b'{"problem": "a", "problem": "b"}',
              "not JSON (nested too deeply)": b"[" * 200_000}
 
 
 def test_malformed_rows_are_counted_by_reason(tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl"
-    lines = [json.dumps(GOOD).encode()] * 3 + [json.dumps(row).encode() for row in BAD_LINES.values()] + list(BAD_BYTES.values())
+    lines = [json.dumps(GOOD).encode()] * 3 + [json.dumps(row).encode() for row in BAD_LINES.values()]
+    lines += BAD_BYTES.values()
     path.write_bytes(b"\n".join(lines) + b"\n\n")
     documents, report = data.tokenize_rows(data.iterate_rows(str(path)), tokenizer, 40)
     assert len(documents) == 3 and [d.row for d in documents] == [0, 1, 2]
@@ -137,7 +148,8 @@ def test_overlong_documents_are_dropped_or_cut_by_choice(tokenizer):
 def test_sources_agree(tmp_path):
     import datasets
 
-    rows = [{"problem": f"p{i}", "generation": f"g{i}", "conversations": [{"from": "user", "value": "x"}]} for i in range(5)]
+    rows = [{"problem": f"p{i}", "generation": f"g{i}", "conversations": [{"from": "user", "value": "x"}]}
+            for i in range(5)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
@@ -148,7 +160,8 @@ def test_sources_agree(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("x.json", b"{", "not valid JSON"), ("x.json", b"{}", "not a list"), ("x.parquet", b"PAR1 nonsense PAR1", "cannot be read"),
+    ("x.json", b"{", "not valid JSON"), ("x.json", b"{}", "not a list"),
+    ("x.parquet", b"PAR1 nonsense PAR1", "cannot be read"),
     ("x.jsonl", b"", "has no rows"), ("x.jsonl", b"[1]\n", "cannot be read"),
 ])
 def test_unreadable_sources_are_one_clear_error(name, content, message, tmp_path):
@@ -161,7 +174,8 @@ def test_unreadable_sources_are_one_clear_error(name, content, message, tmp_path
 
 def test_conversations_and_messages_become_the_same_document(tokenizer):
     forms = [
-        {"problem": "1+1", "generation": "2"}, {"messages": [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]},
+        {"problem": "1+1", "generation": "2"},
+        {"messages": [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]},
         {"conversations": [{"from": "human", "value": "1+1"}, {"from": "gpt", "value": "2"}]}]
     documents = [data.tokenize_rows([(row, None)], tokenizer, 100)[0][0] for row in forms]
     assert len({d.ids.tobytes() + d.mask.tobytes() for d in documents}) == 1
@@ -222,9 +236,11 @@ def test_an_epoch_visits_every_pack_once_and_epochs_differ():
     for packs, per_step in ((2509, 64), (10, 4), (3, 8), (64, 64)):
         steps = data.steps_of_epoch(packs, per_step, 42, 0)
         assert sorted(itertools.chain(*steps)) == list(range(packs))
-        assert len(steps) == -(-packs // per_step) and max(map(len, steps)) - min(map(len, steps)) <= 1 and max(map(len, steps)) <= per_step
+        sizes = [len(step) for step in steps]
+        assert len(steps) == -(-packs // per_step) and max(sizes) - min(sizes) <= 1 and max(sizes) <= per_step
         assert steps == data.steps_of_epoch(packs, per_step, 42, 0)
-    assert data.steps_of_epoch(100, 8, 42, 0) != data.steps_of_epoch(100, 8, 42, 1) != data.steps_of_epoch(100, 8, 43, 1)
+    next_epoch = data.steps_of_epoch(100, 8, 42, 1)
+    assert data.steps_of_epoch(100, 8, 42, 0) != next_epoch != data.steps_of_epoch(100, 8, 43, 1)
 
 
 def test_collate_predicts_nothing_across_a_border():
@@ -243,7 +259,7 @@ def test_concat_cut_is_the_originals_packing():
     assert packs == [[(0, 0, 5), (1, 0, 1)], [(1, 1, 7)], [(1, 7, 9), (2, 0, 4)]]
 
 
-# ------------------------------------------------------------------------------------------------ cache, demo, command line
+# ------------------------------------------------------------------------------------------------ cache, demo, commands
 def test_cache_returns_the_same_documents_and_notices_changes(tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in data.demo_rows("test")[:20]))
@@ -277,5 +293,6 @@ def test_show_prints_the_mask_in_colour(demo):
     assert done.returncode == 0, done.stderr
     green = "".join(part.split("\033[0m")[0] for part in done.stdout.split("\033[32m")[1:])
     assert green == data.demo_rows("train")[0]["generation"].removeprefix("<think>\n") + "<|end|>"
-    done = run("python", ROOT / "data.py", "--show", "1", "--dataset", "absent.jsonl", "--model_name_or_path", demo / "base")
+    done = run("python", ROOT / "data.py", "--show", "1", "--dataset", "absent.jsonl",
+               "--model_name_or_path", demo / "base")
     assert done.returncode == 1 and done.stderr.strip() == "data.py: data set absent.jsonl does not exist"
