@@ -1,4 +1,4 @@
-"""train_sft.py through its command line, under real torchrun: it learns, survives kill -9, and refuses nonsense in one line."""
+"""train_sft.py by its command line, under real torchrun: it learns, survives kill -9, refuses nonsense in one line."""
 
 import json
 import random
@@ -17,9 +17,10 @@ import train_sft
 
 
 def flags(demo, output, **options):
-    options = {"model_name_or_path": demo / "base", "dataset": "demo", "system_prompt": "none", "chat_template": "tokenizer",
-               "output_dir": output, "max_length": 1024, "gradient_accumulation_steps": 1, "learning_rate": "1e-3",
-               "activation_checkpointing": "none", "cache_dir": demo / "cache", "save_dtype": "float32", **options}
+    options = {"model_name_or_path": demo / "base", "dataset": "demo", "system_prompt": "none",
+               "chat_template": "tokenizer", "output_dir": output, "max_length": 1024, "gradient_accumulation_steps": 1,
+               "learning_rate": "1e-3", "activation_checkpointing": "none", "cache_dir": demo / "cache",
+               "save_dtype": "float32", **options}
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
 
@@ -57,7 +58,8 @@ def test_sft_loss_is_a_sum_over_one_count():
 def test_killed_and_resumed_equals_unbroken(tmp_path, demo, short_data, unbroken):
     output = tmp_path / "run"
     arguments = flags(demo, output, dataset=short_data, max_steps=10, warmup_ratio=0.2, save_steps=5)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     process = subprocess.Popen([*launcher, ROOT / "train_sft.py", *arguments], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -89,9 +91,11 @@ def test_other_data_or_flags_are_refused_on_resume(demo, short_data, unbroken):
     finally:
         short_data.write_text(before)
     assert changed.returncode == 1 and "data:" in changed.stderr and "--force" in changed.stderr
-    other = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, **{**base, "learning_rate": "2e-3"}), ranks=1)
+    other = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, **{**base, "learning_rate": "2e-3"}),
+                     ranks=1)
     assert other.returncode == 1 and "learning_rate: 0.001 then, 0.002 now" in other.stderr
-    fewer_ranks = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, **base, gradient_accumulation_steps=1), ranks=1)
+    fewer_ranks = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, **base,
+                                                  gradient_accumulation_steps=1), ranks=1)
     assert fewer_ranks.returncode == 0, fewer_ranks.stderr  # DCP reshards; two more steps on one rank
     assert sorted(losses(unbroken))[-1] == 12
 
@@ -106,7 +110,8 @@ def test_sigterm_saves_and_exits(tmp_path, demo):
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     last = max(losses(output))
-    assert process.returncode == 143 and f"stopped by a signal after step {last} of 500; continue with --resume" in stderr
+    assert process.returncode == 143
+    assert f"stopped by a signal after step {last} of 500; continue with --resume" in stderr
     assert (output / f"checkpoints/step-{last:06d}/manifest.json").is_file()
 
 
@@ -114,12 +119,14 @@ def test_gsm8k_like_rows_train_and_the_loss_falls(tmp_path, demo):
     rng, rows = random.Random(0), []
     for _ in range(300):
         a, b = rng.randint(2, 20), rng.randint(2, 20)
-        rows.append({"question": f"Ann has {a} apples and buys {b}. How many has she?", "answer": f"{a}+{b}={a + b}.\n#### {a + b}"})
+        rows.append({"question": f"Ann has {a} apples and buys {b}. How many has she?",
+                     "answer": f"{a}+{b}={a + b}.\n#### {a + b}"})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:20]))
     done = torchrun("train_sft.py", *flags(
-        demo, tmp_path / "run", dataset=tmp_path / "rows.jsonl", eval_dataset=tmp_path / "held_out.jsonl", eval_steps=10, max_steps=30,
-        problem_column="question", generation_column="answer", activation_checkpointing="full", chat_template="open_r1_roles"))
+        demo, tmp_path / "run", dataset=tmp_path / "rows.jsonl", eval_dataset=tmp_path / "held_out.jsonl",
+        eval_steps=10, max_steps=30, problem_column="question", generation_column="answer",
+        activation_checkpointing="full", chat_template="open_r1_roles"))
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]
@@ -134,10 +141,11 @@ def test_gsm8k_like_rows_train_and_the_loss_falls(tmp_path, demo):
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, demo, short_data):
     # a learning rate that makes fp32 overflow after the first step
-    done = torchrun("train_sft.py", *flags(demo, tmp_path / "run", dataset=short_data, max_steps=10, learning_rate="1e30", max_grad_norm=0,
-                                           save_steps=1), ranks=1)
+    done = torchrun("train_sft.py", *flags(demo, tmp_path / "run", dataset=short_data, max_steps=10,
+                                           learning_rate="1e30", max_grad_norm=0, save_steps=1), ranks=1)
     assert done.returncode == 1
-    assert "Rows of this step: [" in done.stderr and "last good checkpoint: " in done.stderr and "step-000001" in done.stderr
+    assert "Rows of this step: [" in done.stderr
+    assert "last good checkpoint: " in done.stderr and "step-000001" in done.stderr
 
 
 WRONG = {
@@ -173,5 +181,6 @@ def test_empty_data_and_corrupt_weights(tmp_path, demo):
     subprocess.run(["cp", "-r", demo / "base", broken], check=True)
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:5000])
     done = torchrun("train_sft.py", *flags(demo, tmp_path / "b", model_name_or_path=broken, max_steps=2))
-    assert done.returncode != 0 and "not a valid safetensors file" in done.stderr and "Traceback (most recent call last):\n  File \"/work" not in done.stderr
+    assert done.returncode != 0 and "not a valid safetensors file" in done.stderr
+    assert "Traceback (most recent call last):\n  File \"/work" not in done.stderr
     assert not (tmp_path / "b" / "final").exists()
