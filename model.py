@@ -466,8 +466,8 @@ def named_weights(model):
     """
     [(Hugging Face name, sharded parameter)] in a fixed order; the checkpoint wrapper's prefix removed.
 
-    A forward without a backward leaves the root and the head gathered, as bf16 copies on a GPU; what is saved must be the
-    fp32 masters, so they are put back to their shards first.
+    A forward without a backward leaves the root and the head gathered, as bf16 copies on a GPU; what is saved must be
+    the fp32 masters, so they are put back to their shards first.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
