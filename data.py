@@ -602,7 +602,8 @@ def write_demo(output, seed=0):
     output = Path(output)
     text = [(row["problem"] + "\n" + row["generation"]).replace("</think>", "") for row in demo_rows("train")]
     tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(
-        text, 384, new_special_tokens=["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"], show_progress=False)
+        text, 384, new_special_tokens=["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"],
+        show_progress=False)
     tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token = "<|pad|>", "<|end|>", None
     tokenizer.add_tokens(["<think>", "</think>"])  # tokens of their own, but not special: they survive decoding
     tokenizer.chat_template = DEMO_TEMPLATE
