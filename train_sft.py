@@ -91,7 +91,8 @@ class SFTConfig:
 # Flags that may change between a checkpoint and its resumption without changing the result.
 FREE_TO_CHANGE = {"resume", "force", "output_dir", "cache_dir", "timeout_minutes", "heartbeat_timeout", "save_steps",
                   "save_total_limit", "keep_steps", "report_to", "max_steps", "activation_checkpointing", "compile",
-                  "shard_size", "dry_run", "eval_steps", "head_chunk_size", "eval_dataset", "save_dtype", "logging_steps"}
+                  "shard_size", "dry_run", "eval_steps", "head_chunk_size", "eval_dataset", "save_dtype",
+                  "logging_steps"}
 
 
 def check_config(cfg):
