@@ -136,7 +136,8 @@ FREE_TO_CHANGE = {
     "keep_steps", "report_to", "max_steps", "activation_checkpointing", "compile", "shard_size", "head_chunk_size",
     "dry_run", "tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gb", "max_num_seqs", "enforce_eager",
     "vllm_sleep", "sync_dir", "engine_start_timeout", "engine_stall_timeout", "max_engine_restarts",
-    "max_tokens_per_microbatch", "eval_dataset", "eval_steps", "eval_num_samples", "save_dtype", "logging_steps", "probe_tolerance"}
+    "max_tokens_per_microbatch", "eval_dataset", "eval_steps", "eval_num_samples", "save_dtype",
+    "logging_steps", "probe_tolerance"}
 
 
 def check_config(cfg):
