@@ -27,6 +27,7 @@ Letters: P problems, n samples per problem, B token budget, M metrics, R bootstr
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -45,16 +46,6 @@ import model as policy_lib
 import rewards as reward_lib
 import rollout as rollout_lib
 
-# name: hub id (and config), split. amc23 is Open-RS's 40 problems; the 83 of "AMC 22+23" are another set.
-BENCHMARKS = {
-    "aime24": ("HuggingFaceH4/aime_2024", "train"),
-    "aime25": ("yentinglin/aime_2025", "train"),
-    "math500": ("HuggingFaceH4/MATH-500", "test"),
-    "amc23": ("knoveleng/AMC-23", "train"),
-    "minerva": ("knoveleng/Minerva-Math", "train"),
-    "olympiadbench": ("knoveleng/OlympiadBench", "train"),
-    "gsm8k": ("openai/gsm8k:main", "test"),
-}
 # name: (system prompt, user turn). Literal: the doubled braces of training and README are a slip of the originals that
 # the released models saw; lighteval does format its string, so its braces are single ("clearly." has two spaces).
 PROMPT_STYLES = {
@@ -74,7 +65,7 @@ class EvalConfig:
     # What to measure
     model: str = HfArg(default="runs/grpo/final", help="Comma list of folders or hub ids; name=path sets the name.")
     benchmark: str = HfArg(default="aime24,aime25", help=(
-        f"Comma list: {', '.join(BENCHMARKS)}, demo:test, or files with columns problem and answer."))
+        f"Comma list: {', '.join(data.BENCHMARKS)}, demo:test, or files with columns problem and answer."))
     benchmark_dir: str = HfArg(default="", help="Folder with copies of named benchmarks (aime24.json); empty: the hub.")
     limit: int = HfArg(default=0, help="Only the first so many problems of each benchmark; 0: all.")
     num_samples: int = HfArg(default=64, help="n: samples per problem. Raising it later keeps those drawn so far.")
@@ -292,10 +283,10 @@ def accepted_answers(row):
 
 def benchmark_source(name, benchmark_dir):
     """(label, data set for data.load_rows, split) of one entry of --benchmark."""
-    if name not in BENCHMARKS:
+    if name not in data.BENCHMARKS:
         return name.replace(":", "-") if name.startswith("demo") else Path(name).stem, name, "test"
     if not benchmark_dir:
-        return name, *BENCHMARKS[name]
+        return name, *data.BENCHMARKS[name]
     candidates = [Path(benchmark_dir, name + ending) for ending in (".json", ".jsonl", "_test.jsonl")]
     found = [path for path in candidates if path.is_file()]
     if not found:
@@ -569,10 +560,9 @@ def score_tables(benchmark, scored, budgets, n):
 
 
 def compare_models(benchmark, scored, budgets):
-    """[{first, second, benchmark, budget, metric: paired_difference's}] of every later model against the first."""
-    (first, base), *others = scored.items()
+    """[{first, second, benchmark, budget, metric: paired_difference's}] of every model against each one before it."""
     comparisons = []
-    for second, other in others:
+    for (first, base), (second, other) in itertools.combinations(scored.items(), 2):
         if base["ids"] != other["ids"]:
             raise ValueError(f"--compare: {first} and {second} answered different problems of {benchmark}; evaluate "
                              "both with one command")

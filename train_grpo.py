@@ -59,6 +59,7 @@ class GRPOConfig(reward_lib.RewardOptions):  # the reward flags and their defaul
     answer_column: str = HfArg(default="answer", help="Column of the gold answer (Open-RS's oddity: solution).")
     train_fraction: float = HfArg(default=1.0, help="Random share of the rows, seed 2025; the original run used 0.5.")
     max_malformed: float = HfArg(default=0.01, help="Share of rows that may be dropped before the run is refused.")
+    benchmark_dir: str = HfArg(default="", help="Warn of rows that overlap a benchmark: folder of benchmarks, or hub.")
     output_dir: str = HfArg(default="runs/grpo", help="Run directory: config, metrics, checkpoints, rollouts, final.")
     resume: bool = HfArg(default=False, help="Continue from output_dir's newest intact checkpoint; none is an error.")
     force: bool = HfArg(default=False, help="Resume though flags that change the result differ from the checkpoint's.")
@@ -137,7 +138,8 @@ FREE_TO_CHANGE = {
     "dry_run", "tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gb", "max_num_seqs", "enforce_eager",
     "vllm_sleep", "sync_dir", "engine_start_timeout", "engine_stall_timeout", "max_engine_restarts",
     "max_tokens_per_microbatch", "eval_dataset", "eval_steps", "eval_num_samples", "save_dtype",
-    "logging_steps", "probe_tolerance"}
+    "logging_steps", "benchmark_dir",
+    "probe_tolerance"}
 
 
 def check_config(cfg):
@@ -512,6 +514,9 @@ def main(cfg):
         if cfg.train_fraction < 1:
             problems = random.Random(2025).sample(problems, max(1, round(cfg.train_fraction * len(problems))))
         eval_problems = load_problems(cfg.eval_dataset, "train", tokenizer, cfg)[0] if cfg.eval_dataset else []
+    with policy_lib.together(ctx, "comparing the problems with the benchmarks"):
+        if ctx.is_main:
+            data.warn_of_contamination(cfg.dataset, cfg.benchmark_dir, cfg.dataset_split, cfg.problem_column)
     epoch_steps = max(1, math.ceil(cfg.num_train_epochs * len(problems) / cfg.num_prompts_per_step))
     total_steps = cfg.max_steps if cfg.max_steps > 0 else epoch_steps
     cfg.lr_horizon = horizon = cfg.lr_horizon if cfg.lr_horizon > 0 else total_steps

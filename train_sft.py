@@ -53,6 +53,7 @@ class SFTConfig:
     overlong: str = HfArg(default="drop", help="Documents above max_length: drop or cut. Both are counted and printed.")
     packing: str = HfArg(default="best_fit", help="best_fit (nothing cut), concat_cut (original; attention crosses).")
     max_malformed: float = HfArg(default=0.01, help="Share of rows that may be dropped before the run is refused.")
+    benchmark_dir: str = HfArg(default="", help="Warn of rows that overlap a benchmark: folder of benchmarks, or hub.")
     cache_dir: str = HfArg(default=".cache", help="Where tokenised data is kept, by content hash.")
     # Batch and schedule
     gradient_accumulation_steps: int = HfArg(default=8, help="Packs per rank and step; 8 x 8 ranks x 24k: 1.5M tokens.")
@@ -92,7 +93,7 @@ class SFTConfig:
 FREE_TO_CHANGE = {"resume", "force", "output_dir", "cache_dir", "timeout_minutes", "heartbeat_timeout", "save_steps",
                   "save_total_limit", "keep_steps", "report_to", "max_steps", "activation_checkpointing", "compile",
                   "shard_size", "dry_run", "eval_steps", "head_chunk_size", "eval_dataset", "save_dtype",
-                  "logging_steps"}
+                  "logging_steps", "benchmark_dir"}
 
 
 def check_config(cfg):
@@ -162,6 +163,9 @@ def main(cfg):
         return load()  # from the cache that the first rank of this machine has written
 
     train = documents_of(cfg.dataset, cfg.dataset_split)
+    with policy_lib.together(ctx, "comparing the data with the benchmarks"):
+        if ctx.is_main:
+            data.warn_of_contamination(cfg.dataset, cfg.benchmark_dir, cfg.dataset_split, cfg.problem_column)
     held_out = documents_of(cfg.eval_dataset, "train").documents if cfg.eval_dataset else []
     packs = data.make_packs(train.documents, cfg.max_length, cfg.packing)
     pack_lengths = [[b - a for _, a, b in p] for p in packs]

@@ -42,7 +42,7 @@ build() {
 
 grpo() { # 8 problems x 8 answers per step
   "${LAUNCH[@]}" train_grpo.py \
-    --model_name_or_path "$MODEL" --dataset "$RUN/grpo.jsonl" --output_dir "$RUN/grpo" \
+    --model_name_or_path "$MODEL" --dataset "$RUN/grpo.jsonl" --output_dir "$RUN/grpo" --benchmark_dir "$BENCHMARKS" \
     --system_prompt grpo --chat_template tokenizer \
     --num_prompts_per_step 8 --num_generations 8 --max_prompt_length 512 --max_completion_length 24000 \
     --temperature 0.9 --top_p 1.0 --min_p 0.0 \

@@ -64,7 +64,7 @@ build() {
 
 sft() { # 64 packs x 24,000 tokens = 1.5M tokens per step, 39 steps per epoch
   "${LAUNCH[@]}" train_sft.py \
-    --model_name_or_path "$MODEL" --dataset "$RUN/sft.jsonl" --output_dir "$RUN/sft" \
+    --model_name_or_path "$MODEL" --dataset "$RUN/sft.jsonl" --output_dir "$RUN/sft" --benchmark_dir "$BENCHMARKS" \
     --system_prompt sft --chat_template open_r1_roles \
     --max_length 24000 --gradient_accumulation_steps $((64 / (GPUS * NODES))) \
     --num_train_epochs 10 --learning_rate 1e-5 --lr_scheduler_type cosine --warmup_ratio 0 \
@@ -74,7 +74,7 @@ sft() { # 64 packs x 24,000 tokens = 1.5M tokens per step, 39 steps per epoch
 
 grpo() { # 16 problems x 8 answers per step
   "${LAUNCH[@]}" train_grpo.py \
-    --model_name_or_path "$RUN/sft/final" --dataset "$RUN/grpo.jsonl" --output_dir "$RUN/grpo" \
+    --model_name_or_path "$RUN/sft/final" --dataset "$RUN/grpo.jsonl" --output_dir "$RUN/grpo" --benchmark_dir "$BENCHMARKS" \
     --system_prompt grpo --chat_template tokenizer \
     --num_prompts_per_step 16 --num_generations 8 --max_prompt_length 512 --max_completion_length 16384 \
     --temperature 1.0 --top_p 0.9 --min_p 0.05 \

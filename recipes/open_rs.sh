@@ -67,7 +67,7 @@ build() {
 
 grpo() { # 12 problems x 6 answers per step; the schedule is that of the 500 steps the original planned
   "${LAUNCH[@]}" train_grpo.py \
-    --model_name_or_path "$MODEL" --dataset "$RUN/train.jsonl" --output_dir "$RUN/grpo" \
+    --model_name_or_path "$MODEL" --dataset "$RUN/train.jsonl" --output_dir "$RUN/grpo" --benchmark_dir "$BENCHMARKS" \
     --system_prompt "$prompt" --chat_template tokenizer \
     --num_prompts_per_step 12 --num_generations 6 --max_prompt_length 512 \
     --max_completion_length "$length" --max_model_length 4608 \

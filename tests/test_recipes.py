@@ -42,7 +42,7 @@ def parse(config_class, arguments):
 
 def dry_run(script, stage, *flags, **environment):
     """The plan that a stage prints on a single rank."""
-    return recipe(script, stage, *flags, "--dry_run", GPUS="1", LAUNCH=f"{sys.executable}", **environment)
+    return recipe(script, stage, *flags, "--benchmark_dir", "", "--dry_run", GPUS="1", LAUNCH=f"{sys.executable}", **environment)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
@@ -76,7 +76,8 @@ def test_stage_1_is_64_packs_of_24000_tokens(demo, tmp_path):
 
 def test_stage_1_on_two_ranks_under_torchrun(demo, tmp_path):
     flags = ("--model_name_or_path", demo / "base", "--dataset", demo / "train.jsonl", "--cache_dir", tmp_path)
-    assert "64 packs = 32 x 2 ranks, up to 1,536,000 tokens" in recipe(R1, "sft", *flags, "--dry_run", GPUS="2")
+    assert "64 packs = 32 x 2 ranks, up to 1,536,000 tokens" in recipe(
+        R1, "sft", *flags, "--benchmark_dir", demo, "--dry_run", GPUS="2")
 
 
 def test_39_steps_per_epoch_at_full_size():
