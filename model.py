@@ -151,19 +151,24 @@ def start_heartbeat(ctx, deadline, where=lambda: ""):
     Name a rank that stops responding (frozen machine, SIGSTOP) and end this one, instead of waiting for ever.
 
     A thread on every rank writes a beat into the process group's store each few seconds and reads the others'. A rank
-    whose beat stands still for `deadline` seconds is printed with its host and process, and this process exits with
-    status 75; torchrun then ends the rest. Steady clock: a jump of the wall clock changes nothing.
+    whose beat stands still for `deadline` seconds is printed with its host and process, killed if it is on this machine
+    (a stopped process ignores torchrun's SIGTERM), and this process exits with status 75; torchrun then ends the rest.
+    Steady clock: a jump of the wall clock changes nothing.
     """
     if ctx.world_size == 1:
         return
     store = dist.PrefixStore("heartbeat", dist.distributed_c10d._get_default_store())
-    store.set(f"who/{ctx.rank}", f"host {os.uname().nodename}, process {os.getpid()}")
+    host = os.uname().nodename
+    store.set(f"who/{ctx.rank}", f"host {host}, process {os.getpid()}")
     pause = min(10.0, deadline / 6)
 
     def beat():
-        count, seen = 0, {}
+        count, seen, last_round = 0, {}, time.monotonic()
         while True:
             count += 1
+            if time.monotonic() - last_round > deadline / 2:  # we were stopped ourselves (a suspended job): all start anew
+                seen.clear()
+            last_round = time.monotonic()
             try:
                 store.set(f"beat/{ctx.rank}", str(count))
                 for rank in range(ctx.world_size):
@@ -177,6 +182,9 @@ def start_heartbeat(ctx, deadline, where=lambda: ""):
                         print(f"rank {ctx.rank}: rank {rank} ({who}) has not responded for {now - since:.0f} s "
                               f"(--heartbeat_timeout {deadline:.0f}){where()}. This run ends; "
                               "start it again with --resume", file=sys.stderr, flush=True)
+                        if who.startswith(f"host {host}, process "):
+                            with contextlib.suppress(ProcessLookupError):
+                                os.kill(int(who.split()[-1]), signal.SIGKILL)
                         os._exit(75)
             except (dist.DistError, RuntimeError):
                 return  # the store is gone: torchrun is ending the run, and says so itself
@@ -830,6 +838,8 @@ def open_run(ctx, cfg, free_to_change, identity):
             if not cfg.resume and (checkpoint_steps(output_dir) or (output_dir / "final").exists()):
                 raise ValueError("the folder already holds a run; "
                                  "add --resume to continue it, or choose another --output_dir")
+            for unfinished in (output_dir / "checkpoints").glob("step-*.*"):  # of a save that was killed or had no room
+                shutil.rmtree(unfinished)
     checkpoint = newest_checkpoint(output_dir, ctx) if cfg.resume else None
     with together(ctx, "resuming"):
         if cfg.resume and checkpoint is None:

@@ -93,7 +93,8 @@ class SFTConfig:
 FREE_TO_CHANGE = {"resume", "force", "output_dir", "cache_dir", "timeout_minutes", "heartbeat_timeout", "save_steps",
                   "save_total_limit", "keep_steps", "report_to", "max_steps", "activation_checkpointing", "compile",
                   "shard_size", "dry_run", "eval_steps", "head_chunk_size", "eval_dataset", "save_dtype",
-                  "logging_steps", "benchmark_dir"}
+                  "logging_steps", "benchmark_dir",
+                  "gradient_accumulation_steps"}  # the last: only its product with the ranks must stay (open_run)
 
 
 def check_config(cfg):
@@ -196,7 +197,9 @@ output     {output_dir}""", flush=True)
         return
 
     # ---------------------------------------------------------------------------------- model and optimizer
-    run = policy_lib.open_run(ctx, cfg, FREE_TO_CHANGE, {"data": train.content_hash})
+    # Another number of ranks may resume if it takes as many packs per step: a step's number is its place in the data.
+    run = policy_lib.open_run(ctx, cfg, FREE_TO_CHANGE, {
+        "data": train.content_hash, "gradient_accumulation_steps x ranks": packs_per_step})
     torch.manual_seed(cfg.seed)
     model = policy_lib.load_policy(
         folder, ctx, activation_checkpointing=cfg.activation_checkpointing, compile_blocks=cfg.compile,
