@@ -21,6 +21,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -78,6 +79,7 @@ def setup_distributed(timeout_minutes=30.0, shard_size=0):
     timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:  # a kill -9 of torchrun must not leave ranks training: they get SIGTERM, save and exit
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        check_store()
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
@@ -96,6 +98,21 @@ def setup_distributed(timeout_minutes=30.0, shard_size=0):
     mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
     control = dist.new_group(backend="gloo", timeout=timeout)
     return Dist(rank, world_size, local_rank, local_world, device, mesh, control, timeout.total_seconds())
+
+
+def check_store():
+    """
+    Raise ConnectionError when torchrun's store does not answer: torchrun died before we asked for its death signal.
+
+    Without it such an orphan would knock at the closed port for timeout_minutes, holding its memory.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun serves it before it starts a rank
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection(address, timeout=60).close()
+        except OSError as error:
+            raise ConnectionError(f"torchrun's store at {address[0]}:{address[1]} does not answer ({error}): torchrun "
+                                  "has ended, or a firewall is between; start the run again") from error
 
 
 def gather_objects(ctx, value):
@@ -799,6 +816,12 @@ def load_checkpoint(model, optimizer, scheduler, ctx, folder):
     return trainer
 
 
+def final_is_current(output_dir, checkpoint):
+    """Whether `final` was written after this checkpoint; a run that was killed between the two has still to write it."""
+    final = Path(output_dir, "final", "config.json")
+    return final.is_file() and final.stat().st_mtime >= Path(checkpoint, "manifest.json").stat().st_mtime
+
+
 def last_checkpoint(output_dir):
     """For messages: the newest checkpoint folder, or 'none'."""
     steps = checkpoint_steps(output_dir)
@@ -843,8 +866,8 @@ def open_run(ctx, cfg, free_to_change, identity):
     checkpoint = newest_checkpoint(output_dir, ctx) if cfg.resume else None
     with together(ctx, "resuming"):
         if cfg.resume and checkpoint is None:
-            raise ValueError(f"--resume: {output_dir}/checkpoints holds no intact checkpoint; "
-                             "drop --resume to start from the beginning")
+            raise ValueError(f"--resume: {output_dir}/checkpoints holds no intact checkpoint; to start from the "
+                             "beginning drop --resume, and remove the damaged checkpoints if there are any")
         if checkpoint:
             saved = json.loads((checkpoint / "trainer.json").read_text())
             now = asdict(cfg)

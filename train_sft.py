@@ -210,7 +210,7 @@ output     {output_dir}""", flush=True)
     first_step = 0
     if run.checkpoint:
         first_step = policy_lib.load_checkpoint(model, optimizer, scheduler, ctx, run.checkpoint)["step"]
-    if first_step >= total_steps:
+    if first_step >= total_steps and policy_lib.final_is_current(output_dir, run.checkpoint):
         raise ValueError(f"nothing to do: {run.checkpoint} has reached step {first_step} of {total_steps}; "
                          "raise --max_steps or --num_train_epochs")
     log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, first_step, cfg.report_to, cfg.logging_steps)
@@ -289,7 +289,7 @@ output     {output_dir}""", flush=True)
                        policy_lib.generation_config(folder, data.stop_token_id(tokenizer)))
     log.close()
     if ctx.is_main:
-        print(f"done: {total_steps} steps, loss {loss:.4f}; model in {output_dir / 'final'}", flush=True)
+        print(f"done: {total_steps} steps; model in {output_dir / 'final'}", flush=True)
     policy_lib.shutdown_distributed(ctx)
 
 
