@@ -183,7 +183,7 @@ def start_heartbeat(ctx, deadline, where=lambda: ""):
         count, seen, last_round = 0, {}, time.monotonic()
         while True:
             count += 1
-            if time.monotonic() - last_round > deadline / 2:  # we were stopped ourselves (a suspended job): all start anew
+            if time.monotonic() - last_round > deadline / 2:  # we were stopped too (a suspended job): start anew
                 seen.clear()
             last_round = time.monotonic()
             try:
@@ -816,10 +816,12 @@ def load_checkpoint(model, optimizer, scheduler, ctx, folder):
     return trainer
 
 
-def final_is_current(output_dir, checkpoint):
-    """Whether `final` was written after this checkpoint; a run that was killed between the two has still to write it."""
+def is_complete(output_dir, checkpoint, step, total_steps):
+    """Whether nothing is left to do: no step, and no `final` that a run killed after its last checkpoint still owes."""
     final = Path(output_dir, "final", "config.json")
-    return final.is_file() and final.stat().st_mtime >= Path(checkpoint, "manifest.json").stat().st_mtime
+    if step != total_steps or not final.is_file():
+        return step > total_steps
+    return final.stat().st_mtime >= Path(checkpoint, "manifest.json").stat().st_mtime
 
 
 def last_checkpoint(output_dir):

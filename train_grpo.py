@@ -565,7 +565,7 @@ output     {output_dir}""", flush=True)
     if run.checkpoint:
         trainer_state = policy_lib.load_checkpoint(model, optimizer, scheduler, ctx, run.checkpoint)
         step, cursor = trainer_state["step"], trainer_state["cursor"]
-    if step >= total_steps and policy_lib.final_is_current(output_dir, run.checkpoint):
+    if run.checkpoint and policy_lib.is_complete(output_dir, run.checkpoint, step, total_steps):
         raise ValueError(f"nothing to do: {run.checkpoint} has reached step {step} of {total_steps}; raise --max_steps")
     log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, step, cfg.report_to, cfg.logging_steps)
     keep_steps = [int(s) for s in cfg.keep_steps.split(",") if s]

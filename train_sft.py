@@ -210,7 +210,7 @@ output     {output_dir}""", flush=True)
     first_step = 0
     if run.checkpoint:
         first_step = policy_lib.load_checkpoint(model, optimizer, scheduler, ctx, run.checkpoint)["step"]
-    if first_step >= total_steps and policy_lib.final_is_current(output_dir, run.checkpoint):
+    if run.checkpoint and policy_lib.is_complete(output_dir, run.checkpoint, first_step, total_steps):
         raise ValueError(f"nothing to do: {run.checkpoint} has reached step {first_step} of {total_steps}; "
                          "raise --max_steps or --num_train_epochs")
     log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, first_step, cfg.report_to, cfg.logging_steps)
