@@ -307,19 +307,19 @@ class Engine:
                                  f"lower --max_completion_length, or raise the engine's max_model_len")
 
         sampling = dict(temperature=temperature, top_p=top_p, min_p=min_p, stop=stop)
-        groups: list[list[Completion | None]] = [[None] * n for _ in prompts]
+        missing = dict.fromkeys((p, s) for p in range(len(prompts)) for s in range(n))       # an ordered set
+        groups: dict[int, list[Completion]] = {p: [] for p in range(len(prompts))}           # the unfinished ones
         finished_tokens = 0
         try:
-            while missing := [(p, s) for p, group in enumerate(groups) for s in range(n) if group[s] is None]:
+            while missing:
                 try:
                     self._wait_until_ready()
                     call = self._ask(dict(
                         op="generate", sampling=sampling, prompts={p: prompts[p] for p, _ in missing},
                         samples=[(p, s, seeds[p][s], limits[p]) for p, s in missing]))
                     self._generating = True
-                    before, tokens, unfinished = finished_tokens, 0, len(missing)
-                    last_progress = time.monotonic()
-                    while unfinished:
+                    before, tokens, last_progress = finished_tokens, 0, time.monotonic()
+                    while missing:
                         answer = self._answer(call, last_progress + self.stall_timeout)
                         if answer.get("tokens", tokens) > tokens:     # a sign of life counts only with new tokens
                             tokens, last_progress = answer["tokens"], time.monotonic()
@@ -327,12 +327,13 @@ class Engine:
                                 on_token_count(before + tokens)
                         if "completion" in answer:
                             completion, last_progress = Completion(**answer["completion"]), time.monotonic()
-                            group = groups[completion.prompt_index]
-                            group[completion.sample_index] = completion
                             finished_tokens += len(completion.token_ids)
-                            unfinished -= 1
-                            if all(group):
-                                yield completion.prompt_index, group
+                            del missing[completion.prompt_index, completion.sample_index]
+                            group = groups[completion.prompt_index]
+                            group.append(completion)
+                            if len(group) == n:
+                                del groups[completion.prompt_index]   # the caller's now; nothing is kept here
+                                yield completion.prompt_index, sorted(group, key=lambda c: c.sample_index)
                                 last_progress = time.monotonic()      # the caller's own time is not a stall
                     self._generating = False
                 except _EngineDied as death:

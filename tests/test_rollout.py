@@ -244,7 +244,10 @@ def test_probe_catches_stale_and_wrong_weights(engine, models):
     assert check_probe(at_a, a, at_a, False, tolerance) < 1e-4                    # learning rate 0: nothing has to move
 
 
-def test_check_probe_refuses_nan_and_unequal_lengths():
+def test_check_probe_on_numbers():
+    assert check_probe([-1.0, -2.0], [-1.5, -2.25], [-9.0, -9.0], True, 0.5) == 0.375
+    with pytest.raises(StaleWeightsError, match="same weights"):                  # gaps do not cancel
+        check_probe([-1.0, -2.0], [-2.0, -1.0], None, True, 0.5)
     with pytest.raises(StaleWeightsError, match="nan"):
         check_probe([float("nan"), -1.0], [-1.0, -1.0], None, True, 1e-3)
     with pytest.raises(StaleWeightsError, match="-1.000000 in the engine, -1.500000 in the trainer"):
@@ -394,7 +397,7 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("state, end", [("starting", signal.SIGKILL), ("generating", signal.SIGKILL),
-                                        ("starting", signal.SIGTERM), ("error", None)])
+                                        ("hung", signal.SIGKILL), ("starting", signal.SIGTERM), ("error", None)])
 def test_no_engine_survives_the_trainer(models, tmp_path, state, end):
     trainer = subprocess.Popen([sys.executable, "-c", TRAINER, models["a"][0], tmp_path / "log", state], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -403,6 +406,10 @@ def test_no_engine_survives_the_trainer(models, tmp_path, state, end):
         assert living(group) or state == "error"
         if state == "generating":
             assert trainer.stdout.readline() == "sampling\n"
+        if state == "hung":
+            while len(living(group)) < 2:                         # until the guard is there
+                time.sleep(0.01)
+            os.kill(group, signal.SIGSTOP)
         if end:
             trainer.send_signal(end)
         assert trainer.wait(60) != 0
