@@ -29,7 +29,12 @@ launch=(torchrun --standalone --nproc_per_node 2)
 export OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error HF_HUB_OFFLINE=1 # one thread per rank; nothing to look up online
 
 echo "== demo, seed $seed: data and a random model in $output (an earlier demo there is replaced)"
+if [ -e "$output" ] && [ -n "$(ls -A "$output")" ] && [ ! -f "$output/.demo" ]; then
+  echo "demo.sh: --output $output holds something that is no demo; choose another folder" >&2
+  exit 2
+fi
 rm -rf "$output"
+mkdir -p "$output" && touch "$output/.demo"
 python data.py build --recipe demo --output "$output" --seed "$seed"
 
 echo "== stage 1: SFT, $sft_steps steps"

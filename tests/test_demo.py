@@ -1,0 +1,35 @@
+"""recipes/demo.sh in a shortened form: three real stages with real vLLM on two ranks, and the table they print."""
+
+import json
+import re
+
+from conftest import ROOT, run
+
+
+def test_the_miniature_recipe(tmp_path):
+    output = tmp_path / "demo"
+    done = run("bash", ROOT / "recipes/demo.sh", "--seed", 7, "--output", output, "--sft_steps", 500, "--grpo_steps", 6,
+               "--eval_problems", 50, "--eval_samples", 2, timeout=1500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "setup: installing" not in done.stdout  # nothing changed since the suite's own set-up
+    headings = [line for line in done.stdout.splitlines() if line.startswith("== ")]
+    assert [h.split()[1] for h in headings] == ["demo,", "stage", "stage", "evaluation:", "demo"]
+
+    table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    header = next(line for line in table if line.startswith("| model | 64 |"))
+    rows = {line.split(" | ")[0][2:]: line for line in table[table.index(header) + 2:table.index(header) + 5]}
+    assert list(rows) == ["base", "SFT", "SFT + GRPO"] and all(line.count("|") == header.count("|") for line in rows.values())
+    metrics = json.loads(next(output.glob("eval/**/metrics.json")).read_text())
+    assert metrics
+    at_largest = {name: float(re.split(r" \| ", line)[-2].split()[0]) for name, line in rows.items()}
+    assert at_largest["base"] < 5 and at_largest["SFT"] > 30 and at_largest["SFT + GRPO"] > 30  # chance: 10% of the digits
+    assert (output / "eval/budgets.png").stat().st_size > 10_000
+    steps = [json.loads(line) for line in (output / "grpo/metrics.jsonl").read_text().splitlines()]
+    assert steps[-1]["completions/mean_length"] < steps[0]["completions/mean_length"]
+
+
+def test_the_demo_removes_only_demos(tmp_path):
+    (tmp_path / "precious.txt").write_text("x")
+    done = run("bash", ROOT / "recipes/demo.sh", "--output", tmp_path)
+    assert done.returncode == 2 and "no demo" in done.stderr and (tmp_path / "precious.txt").exists()
+    assert run("bash", ROOT / "recipes/demo.sh", "--sede", "3").returncode == 2
