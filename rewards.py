@@ -170,9 +170,9 @@ UNITS = {spelling: line.split()[0] for line in """
     ml mL milliliter milliliters; L l liter liters litre litres; gallon gallons gal; quart quarts; cup cups; ton tons
     s sec secs second seconds; min mins minute minutes; h hr hrs hour hours; day days; week weeks; month months; am; pm
     yr yrs year years; Hz hertz; kHz kilohertz; MHz megahertz; J joule joules; kJ kilojoule kilojoules; N newton newtons
-    Pa pascal pascals; W watt watts; kW kilowatt kilowatts; V volt volts; A amp amps ampere amperes; ohm ohms; eV; kcal; acre acres
+    Pa pascal pascals; W watt watts; kW kilowatt kilowatts; V volt volts; A amp amps ampere amperes; ohm ohms
     K kelvin kelvins; C celsius; F fahrenheit; mol mole moles; deg degree degrees; rad radian radians; % percent
-    dollar dollars usd USD; cent cents; euro euros""".replace("\n", ";").split(";")
+    dollar dollars usd USD; cent cents; euro euros; kcal; eV; acre acres""".replace("\n", ";").split(";")
          if line.split() for spelling in line.split()}
 # Words that may follow a number without \text.
 TYPED_UNITS = set(UNITS) | set("""mph unit units people students ways dogs points times marbles apples books cars
@@ -296,6 +296,8 @@ def tokenise(text, prose=False):
 def styled(command, content, after):
     r"""(kind, value) pairs of the content of \text{...} or of a font such as \mathrm{...}."""
     name = content.strip()
+    if (command, name) == ("mathbb", "R"):
+        return [("cmd", "reals")]
     if command in FONTS and len(name) == 1 and name.isalpha() and (command != "mathrm" or name in "eid"):
         return [("let", f"bb{name}" if command == "mathbb" else name)]
     if command in FONTS and name in FUNCTIONS:
@@ -444,7 +446,7 @@ def read(answer, thousands=True):
 
 
 # A, (A), A), \textbf{(A)}
-CHOICE = re.compile(r"[({ ]*(?:\\(?:text[a-z]*|math[a-z]+) *)?[({ ]*([A-Z])[)} ]*[).:]?[)} ]*")
+CHOICE = re.compile(r"[({ ]*(?:\\(?:text[a-z]*|math(?:rm|bf|sf|it)) *)?[({ ]*([A-Z])[)} ]*[).:]?[)} ]*")
 
 
 def ungrouped(tokens):
@@ -621,11 +623,13 @@ TURNED = {">": "<", ">=": "<=", "<": ">", "<=": ">="}
 SEPARATORS = {("sym", ","), ("sym", ";"), ("word", "and"), ("word", "or")}
 CLOSERS = {*(("sym", symbol) for symbol in (")", "]", "}", "&", "\\\\")),
            *(("cmd", name) for name in ("}", "rangle", "rfloor", "rceil"))}
-CONSTANTS = {"pi": ("const", "pi"), "infty": ("const", "inf"), "emptyset": ("set", ())}
+CONSTANTS = {"pi": ("const", "pi"), "infty": ("const", "inf"), "emptyset": ("set", ()),
+             "reals": ("tuple", "()", (("neg", ("const", "inf")), ("const", "inf")))}
 ACCENTS = {"overline", "bar", "vec", "hat", "dot", "ddot", "widehat", "tilde", "overrightarrow"}
 PRIMARIES = FUNCTIONS | ACCENTS | set(CONSTANTS) | {"frac", "binom", "sqrt", "lfloor", "lceil"}
 MIXED = re.compile(r"frac(?:[0-9]|\{[0-9]+\})(?:[0-9]|\{[0-9]+\})")
-UNIT = r"(/ |per )?(square |sq |cubic )?((?!per |square |sq |cubic )[A-Za-z-]+) (?:\^ (- )?([0-9]) )?"
+UNIT = (r"(/ |per )?(square |sq |cubic )?((?!(?:per|square|sq|cubic|if|when|where|for|not|mod|is) )[A-Za-z-]+) "
+        r"(?:\^ (- )?([0-9]) )?")
 UNITS_TEXT = re.compile(rf"(?:(?:\* |of )?{UNIT})+|(?:square |cubic )")
 
 
@@ -1370,8 +1374,8 @@ class RewardOptions:
 
     reward_funcs: str = flag(
         "format,cosine,length", "Comma list of accuracy, format, format_open_rs, cosine, length, repetition, "
-        "soft_overlong, or path/to/file.py:function, called as function(completion, answer) in a process that is killed "
-        "when it is late.")
+        "soft_overlong, or path/to/file.py:function, called as function(completion, answer) in a process that is "
+        "killed when it is late.")
     reward_weights: str = flag("", "Comma list, one weight per reward; empty: all 1.")
     answer_scope: str = flag("full", "Which box counts. full: the last of the completion, as in the recipe; "
                              "before_think_end: the last before </think>, as deployed.")
