@@ -552,6 +552,11 @@ output     {output_dir}""", flush=True)
             max_num_seqs=cfg.max_num_seqs, enforce_eager=cfg.enforce_eager, seed=cfg.seed,
             log_file=str(output_dir / f"engine-{layout.index}.log"), start_timeout=cfg.engine_start_timeout,
             stall_timeout=cfg.engine_stall_timeout, max_restarts=cfg.max_engine_restarts, sleep_mode=cfg.vllm_sleep)
+    if ctx.device.type == "cuda":
+        # vLLM sizes its KV cache by the memory that is free: it must have done so before the trainer takes its own.
+        with policy_lib.together(ctx, "starting the engines"):
+            if engine is not None:
+                engine.score(problems[0].prompt_ids)
     torch.manual_seed(cfg.seed)
     model = policy_lib.load_policy(
         folder, ctx, activation_checkpointing=cfg.activation_checkpointing, compile_blocks=cfg.compile,
