@@ -661,7 +661,8 @@ def save_hf(model, folder, ctx, dtype=torch.bfloat16, tokenizer=None, generation
             del full
     fingerprint = sum(gather_objects(ctx, fingerprint)[:group_size]) % (1 << 63)  # ranks 0.. hold the first full copy
 
-    with together(ctx, f"writing {folder} (is its disk full?)"):
+    flag = "--sync_dir" if one_per_node else "--output_dir"
+    with together(ctx, f"writing {folder} (is the disk of {flag} full?)"):
         if mine:
             save_file(mine, temporary / shard_name[group_rank], metadata={"format": "pt"})
         if group_rank == 0:
@@ -738,8 +739,8 @@ def save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step, trainer_
         dcp.save(state, checkpoint_id=temporary, process_group=ctx.control, no_dist=False)
     except dcp.CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
-        raise RankFailure(f"saving {folder} failed ({type(reason).__name__}: {reason}); is the disk full? "
-                          f"Earlier checkpoints are untouched: {checkpoint_steps(output_dir) or 'none'}") from error
+        raise RankFailure(f"saving {folder} failed ({type(reason).__name__}: {reason}); is the disk of --output_dir "
+                          f"full? Earlier ones are untouched: {checkpoint_steps(output_dir) or 'none'}") from error
     with together(ctx, f"checksumming {folder}"):
         own = {p.name: [p.stat().st_size, file_crc32(p)] for p in temporary.glob(f"__{ctx.rank}_*.distcp")}
     manifest = {name: entry for part in gather_objects(ctx, own) for name, entry in part.items()}
@@ -1022,16 +1023,21 @@ def run_main(main, config_class):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f" (did you mean {close[0]}?)" if close else ""))
     try:
         main(cfg)
-    except (ValueError, OSError, RankFailure, FloatingPointError, Stopped) as error:
-        first = int(os.environ.get("RANK", 0)) == 0
+    except (ValueError, OSError, RuntimeError, FloatingPointError, KeyboardInterrupt) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, (RankFailure, Stopped)):
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise  # a defect, for which a traceback is the right message
+            error = RankFailure(f"rank {os.environ.get('RANK', 0)} has lost a rank that died, or whose machine did "
+                                f"({str(error).splitlines()[0][-200:]}); start it again with --resume")
+        first = dist.is_initialized() or int(os.environ.get("RANK", 0)) == 0
         if dist.is_initialized():
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError):  # where the store is lost, each rank speaks for itself
                 first = dist.distributed_c10d._get_default_store().add("errors_printed", 1) == 1
         if first:
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         # os._exit: interpreter shutdown would wait for collectives that other ranks will never join
         sys.stdout.flush()
-        os._exit(143 if isinstance(error, Stopped) else 1)
+        os._exit({Stopped: 128 + signal.SIGTERM, KeyboardInterrupt: 128 + signal.SIGINT}.get(type(error), 1))
 
 
 class RunLog:
