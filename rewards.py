@@ -195,6 +195,7 @@ PLAIN_THOUSANDS = re.compile(r"(?<![0-9.])(?<![0-9],)[0-9]{1,3}(?:(?:,[0-9]{3})+
 # What one regular expression can bring into one form, in this order.
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\?\$|\\(?:left|right) *\.|(?<!\\)\\[()\[\]]", " "),  # delimiters of mathematics, dollars
+    (r"\{ *: *\}", ":"),  # 8{:}30
     (r"\\\\ *\[[0-9.]* *[a-z]{2}\]", r"\\\\"),  # \\[2pt] between rows
     (r"\^ *(?:\{ *\\circ *\}|\\circ(?![a-z])|°|\{ *° *\})|(?<=[0-9])\^(?:o\b|\{o\})", "°"),
     (r"\^ *(?:\{ *\\prime *\}|\\prime(?![a-z]))", "'"),
@@ -623,8 +624,8 @@ TURNED = {">": "<", ">=": "<=", "<": ">", "<=": ">="}
 SEPARATORS = {("sym", ","), ("sym", ";"), ("word", "and"), ("word", "or")}
 CLOSERS = {*(("sym", symbol) for symbol in (")", "]", "}", "&", "\\\\")),
            *(("cmd", name) for name in ("}", "rangle", "rfloor", "rceil"))}
-CONSTANTS = {"pi": ("const", "pi"), "infty": ("const", "inf"), "emptyset": ("set", ()),
-             "reals": ("tuple", "()", (("neg", ("const", "inf")), ("const", "inf")))}
+CONSTANTS = {"pi": ("const", "pi"), "infty": ("const", "infinity"), "emptyset": ("set", ()),
+             "reals": ("tuple", "()", (("neg", ("const", "infinity")), ("const", "infinity")))}
 ACCENTS = {"overline", "bar", "vec", "hat", "dot", "ddot", "widehat", "tilde", "overrightarrow"}
 PRIMARIES = FUNCTIONS | ACCENTS | set(CONSTANTS) | {"frac", "binom", "sqrt", "lfloor", "lceil"}
 MIXED = re.compile(r"frac(?:[0-9]|\{[0-9]+\})(?:[0-9]|\{[0-9]+\})")
@@ -1171,7 +1172,7 @@ def evaluate(node, k, kind):
         return node[1]
     if tag == "var":
         return coordinate(node[1], k, kind)
-    if tag == "const" and node[1] != "inf":
+    if tag == "const" and node[1] != "infinity":
         return {"pi": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}[node[1]]
     if tag == "+":
         return functools.reduce(add, (evaluate(term, k, kind) for term in node[1]))
