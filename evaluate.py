@@ -500,9 +500,9 @@ def draw_missing(cfg, layout, model_path, problems, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores, tables, plot
 # ---------------------------------------------------------------------------------------------------------------------
-def score_folder(cfg, folder, benchmark, budgets):
+def score_benchmark(cfg, folder, benchmark, samples, budgets):
     """
-    Grade one model's stored samples of a benchmark and score every budget; writes grades-* and metrics-*.
+    Grade a model's samples of one benchmark and score every budget; writes grades-NAME.jsonl and metrics-NAME.json.
 
     Returns {"ids": P problem ids, "graded": P lists of n Graded, "metrics": {budget: as summarise returns}}.
     Raises ValueError if samples are missing, or a budget is larger than what was generated.
@@ -514,7 +514,6 @@ def score_folder(cfg, folder, benchmark, budgets):
         raise ValueError(f"--budgets {max(budgets)} is above the {generated} tokens that {folder} was generated with")
     problems = [Problem(**row) for row in policy_lib.read_jsonl(folder / f"problems-{benchmark}.jsonl")]
     problems = problems[:cfg.limit or None]
-    samples, _ = read_samples(folder)
     if missing := missing_samples(problems, cfg, samples):
         raise ValueError(f"{folder}: {len(missing)} of {len(problems) * cfg.num_samples} samples of {benchmark} are "
                          "missing; run without --rescore to draw them, or lower --num_samples")
@@ -540,7 +539,7 @@ def markdown(header, rows):
 
 
 def score_tables(benchmark, scored, budgets, n):
-    """Markdown of one benchmark: the paper's table and the Kaggle one. scored: {model: score_folder's result}."""
+    """Markdown of one benchmark: the paper's table and the Kaggle one. scored: {model: score_benchmark's result}."""
     count = len(next(iter(scored.values()))["ids"])
     paper, details = [], []
     for label, metrics in ((label, result["metrics"]) for label, result in scored.items()):
@@ -589,8 +588,8 @@ def draw_plot(scored, budgets, path):
     """
     Accuracy against token budget into `path`: a panel per benchmark, a curve with its 95% band per model.
 
-    scored: {benchmark: {model: score_folder's result}}. The curve needs no interpolation: the same samples are scored
-    at a hundred budgets up to the largest. Dots mark --budgets.
+    scored: {benchmark: {model: score_benchmark's result}}. The curve is measured, not interpolated: the same samples
+    are scored at a hundred budgets up to the largest. Dots mark --budgets.
     """
     import matplotlib
     matplotlib.use("Agg")
@@ -692,21 +691,23 @@ def main(cfg):
         problems = load_problems(cfg)
         for label, path in models.items():
             draw_missing(cfg, layout, path, problems, output_dir / label)
-        for label in models if is_main() else ():
-            wait_for_samples(cfg, output_dir / label, problems)
     if not is_main():
         return
 
-    scored, text = {}, ""
-    for benchmark in (benchmark_source(name, "")[0] for name in split_list(cfg.benchmark)):
-        scored[benchmark] = {label: score_folder(cfg, output_dir / label, benchmark, budgets) for label in models}
-        text += "\n" + score_tables(benchmark, scored[benchmark], budgets, cfg.num_samples)
+    scored = {benchmark_source(name, "")[0]: {} for name in split_list(cfg.benchmark)}     # benchmark: {model: scores}
+    for label in models:
+        if not cfg.rescore:
+            wait_for_samples(cfg, output_dir / label, problems)
+        samples, _ = read_samples(output_dir / label)
+        for benchmark, by_model in scored.items():
+            by_model[label] = score_benchmark(cfg, output_dir / label, benchmark, samples, budgets)
+    text = "\n".join(score_tables(name, by_model, budgets, cfg.num_samples) for name, by_model in scored.items())
     if cfg.compare:
-        comparisons = [c for benchmark, models in scored.items() for c in compare_models(benchmark, models, budgets)]
+        comparisons = [c for name, by_model in scored.items() for c in compare_models(name, by_model, budgets)]
         policy_lib.write_atomically(output_dir / "comparison.json", json.dumps(comparisons, indent=1))
         text += "\n" + comparison_table(comparisons)
-    policy_lib.write_atomically(output_dir / "table.md", text.lstrip())
-    print(text, flush=True)
+    policy_lib.write_atomically(output_dir / "table.md", text)
+    print("\n" + text, flush=True)
     if cfg.plot:
         draw_plot(scored, budgets, cfg.plot)
         print(f"plot: {cfg.plot}", flush=True)
@@ -716,8 +717,8 @@ def run():
     """Parse the flags and run main. What a user can mend ends in one line and status 1, on the rank that met it."""
     from transformers.hf_argparser import HfArgumentParser
 
-    (cfg,) = HfArgumentParser(EvalConfig, allow_abbrev=False).parse_args_into_dataclasses()
     try:
+        (cfg,) = HfArgumentParser(EvalConfig, allow_abbrev=False).parse_args_into_dataclasses()
         main(cfg)
     except (ValueError, OSError, rollout_lib.EngineError) as error:
         sys.exit(f"evaluate.py: {'' if is_main() else 'rank ' + os.environ['RANK'] + ': '}{error}")

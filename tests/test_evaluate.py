@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
 
@@ -77,6 +78,12 @@ def test_vote_among_k_is_unbiased():
         assert np.mean([m[f"maj@{k}"][0] for m in orders]) == pytest.approx(np.mean(draws))
     assert {m["pass@1"] for m in orders} == {(2 / 5, 1)}
     assert [name for name in orders[0] if "@" in name] == [f"{m}@{k}" for k in (1, 2, 4, 5) for m in ("pass", "maj")]
+    assert evaluate.problem_metrics(graded(["1", "1", "2", "2"]), 99)["maj@2"] == (1 / 2, 1)     # all samples take part
+
+
+def test_samples_cut_off_do_not_vote():
+    samples = graded(["1", "2", "2"], lengths=[10, 50, 50])
+    assert [evaluate.problem_metrics(samples, budget)["maj@3"][0] for budget in (20, 60)] == [1, 0]
 
 
 def box(answer):
@@ -89,7 +96,7 @@ def test_published_definitions_on_a_worked_example():
     second = [("8", 150, "stop"), (None, 50, "stop"), ("9", 250, "stop"), ("9", 350, "stop")]
     columns = [[[sample[i] for sample in row] for row in (first, second)] for i in range(3)]
     texts = [[box(answer) for answer in row] for row in columns[0]]
-    result = evaluate_completions(["5", ["9", "x"]], texts, columns[1], columns[2], [200, 400])
+    result = evaluate_completions(["5", ["x", "9"]], texts, columns[1], columns[2], [200, 400])
 
     at_200 = result[200]     # first: 5 (100), 4 (200); second: 8 (150), none (50)
     assert at_200["pass@1"] == pytest.approx((1 / 4 + 0) / 2)
@@ -160,7 +167,7 @@ def test_interval_covers_the_truth_95_times_in_100(problems):
         accuracy = simulated_accuracy(rng, problems, 16)
         low, high = bootstrap_interval(accuracy, np.ones_like(accuracy), resamples=600, seed=trial)
         hits += low[0] <= 0.5 <= high[0]
-    assert 0.925 <= hits / trials <= 0.98     # standard error of this estimate: 0.01
+    assert 0.93 <= hits / trials <= 0.972     # standard error of this estimate: 0.01
 
 
 def test_interval_does_not_shrink_with_samples_of_the_same_problems():
@@ -273,6 +280,11 @@ def test_flags_that_cannot_be(flags, message):
         evaluate.model_list(config(**flags))
 
 
+def test_unknown_flags_stop_the_program_in_one_line():
+    done = run(sys.executable, ROOT / "evaluate.py", "--num_sample", 3)
+    assert done.returncode != 0 and "--num_sample" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_model_names():
     assert evaluate.model_list(config(model="runs/sft/final, q=Qwen/Qwen3-14B,Qwen/Qwen2-7B,runs/lr=1/final")) == {
         "sft": "runs/sft/final", "q": "Qwen/Qwen3-14B", "Qwen2-7B": "Qwen/Qwen2-7B", "lr=1": "runs/lr=1/final"}
@@ -382,6 +394,16 @@ def test_waiting_for_other_ranks_has_a_deadline(tmp_path):
     evaluate.wait_for_samples(config(num_samples=2, wait_minutes=0.01), tmp_path / "m", problems)
     with pytest.raises(TimeoutError, match="1 samples are missing"):
         evaluate.wait_for_samples(config(num_samples=3, wait_minutes=0.01), tmp_path / "m", problems)
+
+
+def test_waiting_ends_when_the_other_rank_has_written(tmp_path):
+    store(tmp_path / "m", {"p": [("1", 9, "stop")] * 2})
+    row = {"benchmark": "toy", "id": "p", "sample": 2, "length": 9, "finish_reason": "stop", "text": ""}
+    late = threading.Timer(1.5, write_rows, [tmp_path / "m" / "samples-001.jsonl", [row]])
+    late.start()
+    problems = [evaluate.Problem("toy", "p", "p", ["1"], 100)]
+    evaluate.wait_for_samples(config(num_samples=3, wait_minutes=0.5), tmp_path / "m", problems)
+    assert len(stored(tmp_path / "m")) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
