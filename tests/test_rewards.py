@@ -278,7 +278,8 @@ def test_score_batch_counts_apart():
 
 
 @pytest.fixture
-def user_file(tmp_path):
+def user_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRANDCHILD_SECONDS", str(987000 + os.getpid()))  # a name of its own for pgrep
     path = tmp_path / "user.py"
     path.write_text(
         textwrap.dedent("""
@@ -288,7 +289,7 @@ def user_file(tmp_path):
             if completion == "sleep": time.sleep(1000)
             if completion == "spin":
                 while True: pass
-            if completion == "grandchild": subprocess.run(["sleep", "987"])
+            if completion == "grandchild": subprocess.run(["sleep", os.environ["GRANDCHILD_SECONDS"]])
             if completion == "die": os._exit(3)
             if completion == "raise": raise KeyError("x")
             if completion == "memory": return len(bytearray(10**11))
@@ -317,9 +318,9 @@ def test_stuck_and_dead_workers_are_replaced_and_order_is_kept(user_file):
         "wrong",
         "right",
     ]
-    outcomes, counts = score_batch(texts, ["a"] * len(texts), function=user_file, timeout=1.5)
+    outcomes, counts = score_batch(texts, ["a"] * len(texts), function=user_file, timeout=3)
     assert outcomes == expected and counts["timeout"] == 3 and counts["crash"] == 4
-    assert not pgrep("sleep 987")  # the whole group was killed
+    assert not pgrep(f"sleep {os.environ['GRANDCHILD_SECONDS']}")  # the whole group was killed
 
 
 def test_the_clock_starts_when_the_worker_takes_the_item(tmp_path):
@@ -352,7 +353,7 @@ def test_pool_serves_several_threads(user_file):
 
 
 def test_user_reward_in_a_group(user_file):
-    options = RewardOptions(reward_funcs=f"accuracy,{user_file}", reward_weights="1,10", reward_timeout=1.5)
+    options = RewardOptions(reward_funcs=f"accuracy,{user_file}", reward_weights="1,10", reward_timeout=3.0)
     scored = group(options, ["0.5", "sleep", RIGHT])
     assert scored.parts["reward"] == [1.0, 0.0, 0.0] and scored.totals == [10.0, 0.0, 1.0]
     assert scored.outcomes == ["no_answer", "timeout", "right"]
