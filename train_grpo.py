@@ -233,6 +233,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, denominato
     inside = (mask > 0).to(logprobs.dtype)  # (T,)
     log_ratio = (logprobs - old_logprobs) * inside  # log pi(y_t) / pi_old(y_t)                                  (T,)
     if importance_sampling_level == "sequence":
+        if sequence_ids is None:
+            raise ValueError("importance_sampling_level 'sequence' needs sequence_ids: each token's answer")
         # GSPO (arXiv 2507.18071, eq. 7): one ratio per answer, the geometric mean of its tokens' ratios.
         sums = torch.zeros(int(sequence_ids.max()) + 1, dtype=log_ratio.dtype, device=log_ratio.device)
         lengths = sums.index_add(0, sequence_ids, inside).clamp(min=1)
@@ -241,7 +243,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, denominato
     surrogate = torch.minimum(
         ratio * advantages,  # min( r_t A,
         ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages)  # clip(r_t) A ): no gain past the fence; way back open
-    if rollout_is_cap:
+    if rollout_is_cap and rollout_logprobs is not None:
         # vLLM and the trainer round differently, and top_p / min_p cut the tail: the samples come from q, not pi_old.
         # w_t = min(pi_old / q, cap): unweighted, the gradient is that of another policy. Per token, because the product
         # over a long answer is dominated by noise (FEATURES 3A.2).

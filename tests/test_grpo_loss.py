@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import ROOT, tiny_config, tiny_model, torchrun
 
 import data
 import model as policy_lib
@@ -217,6 +217,45 @@ def test_the_step_does_not_depend_on_batching_ranks_or_order(loss_type, tmp_path
             assert (gradient - found[0][1]).abs().max() / found[0][1].abs().max() < 1e-5
     finally:
         torch.distributed.destroy_process_group()
+
+
+TWO_RANKS = """
+import sys, torch
+sys.path[:0] = [{root!r}, {tests!r}]
+import model as policy_lib, train_grpo
+from test_grpo_loss import make_groups, step_gradient
+torch.set_default_dtype(torch.float32)
+ctx = policy_lib.setup_distributed(2)
+model = policy_lib.load_policy({folder!r}, ctx)
+config = policy_lib.load_config({folder!r})
+found = []
+uneven = [3, 200, 1, 7, 0, 64, 200, 2, 1, 30, 9, 0]  # two answers of length 0
+for lengths in (uneven, [200], [1, 1]):  # the second leaves a rank without any work
+    groups = make_groups(0, prompts=1, answers=len(lengths), lengths=lengths)
+    weights, denominator = train_grpo.loss_weights("grpo", lengths, [True] * len(lengths), 256)
+    rows = train_grpo.token_rows(groups, torch.linspace(-1, 1, len(lengths)), weights)
+    plan = train_grpo.micro_batches(rows, config, ctx.world_size, 256)
+    loss, gradient = step_gradient(model, rows, [plan[ctx.rank]], denominator)
+    found.append((policy_lib.sum_over_ranks(ctx, loss)[0], gradient))
+if ctx.rank == 0:
+    torch.save(found, {out!r} + str(ctx.world_size))
+"""
+
+
+def test_real_ranks_with_uneven_and_empty_shares_give_the_same_gradient(tmp_path):
+    torch.set_default_dtype(torch.float32)
+    tiny_model(tmp_path / "model")
+    torch.set_default_dtype(torch.float64)
+    script = tmp_path / "ranks.py"
+    script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path / "model"),
+                                       out=str(tmp_path / "world")))
+    for ranks in (1, 2):
+        done = torchrun(script, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for (loss, gradient), (loss2, gradient2) in zip(torch.load(tmp_path / "world1"), torch.load(tmp_path / "world2"),
+                                                    strict=True):
+        assert abs(loss2 / loss - 1) < 1e-5
+        assert (gradient2 - gradient).abs().max() / gradient.abs().max() < 1e-5
 
 
 def test_rows_align_every_number_with_the_token_it_belongs_to():
