@@ -50,12 +50,23 @@ def reject_duplicate_keys(pairs):
     return row
 
 
+HALF_A_PAIR = "half a surrogate pair in a text"
+
+
+def check_surrogates(row):
+    r"""Raise UnicodeEncodeError for half a surrogate pair, such as "\ud83d": valid JSON, but no tokenizer takes it."""
+    json.dumps(row, ensure_ascii=False).encode("utf-8")
+
+
 def parse_json_row(line):
     """(row, None), or (None, reason) for a line that is no JSON object."""
     try:
         row = json.loads(line.decode("utf-8"), object_pairs_hook=reject_duplicate_keys)
+        check_surrogates(row)
     except UnicodeDecodeError:
         return None, "not UTF-8"
+    except UnicodeEncodeError:
+        return None, HALF_A_PAIR
     except RecursionError:
         return None, "not JSON (nested too deeply)"
     except ValueError as error:
@@ -89,6 +100,11 @@ def iterate_rows(dataset, split="train"):
         if not isinstance(rows, list):
             raise DataError(f"{path} holds a {type(rows).__name__}, not a list of rows")
         for row in rows:
+            try:
+                check_surrogates(row)
+            except UnicodeEncodeError:
+                yield None, HALF_A_PAIR
+                continue
             yield (row, None) if isinstance(row, dict) else (None, "not a JSON object")
     elif path.suffix in (".json", ".jsonl", ".parquet") and not path.exists():
         raise DataError(f"data set {dataset} does not exist")
@@ -197,13 +213,11 @@ def system_prompt_text(system_prompt):
 
 def render(tokenizer, messages, add_generation_prompt=False):
     """The template's text; a template that fails is a DataError, not a Jinja traceback."""
-    from jinja2.exceptions import TemplateError
-
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError, KeyError) as error:
-        raise DataError(f"the chat template fails on roles {[m['role'] for m in messages]}: "
-                        f"{str(error)[:200]}") from error
+    except Exception as error:  # noqa: BLE001  (a template is a program and can fail in any way; the cause is chained)
+        raise DataError(f"the chat template fails on roles {[m['role'] for m in messages]}: {type(error).__name__}: "
+                        f"{' '.join(str(error).split())[:200]}") from error
 
 
 def encode_prompt(tokenizer, text):

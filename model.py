@@ -384,8 +384,8 @@ def safetensors_files(folder):
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+            names = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index} is not a readable index ({type(error).__name__}); "
                              "download the model again") from error
         missing = sorted({file for file in names.values() if not (folder / file).is_file()})
@@ -550,9 +550,9 @@ def load_config(path, trust_remote_code=False):
 
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001  (each field's check raises types of its own; the cause is chained)
         raise ValueError(f"{path}/config.json is not a model config that transformers can read: "
-                         f"{str(error)[:300]}") from error
+                         f"{' '.join(str(error).split())[:300]}") from error
     if type(config) not in transformers.AutoModelForCausalLM._model_mapping and not trust_remote_code:
         raise ValueError(f"{path}: model type {config.model_type} is no causal language model of transformers")
     return config
@@ -577,8 +577,9 @@ def load_tokenizer(path, ctx=None):
     folder = model_folder(path, ctx)
     try:
         return transformers.AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} has no tokenizer that transformers can read: {str(error)[:300]}") from error
+    except Exception as error:  # noqa: BLE001  (as above: the tokenizers library raises bare Exception)
+        raise ValueError(f"{folder} has no tokenizer that transformers can read: "
+                         f"{' '.join(str(error).split())[:300]}") from error
 
 
 def generation_config(folder, stop_token_id):
@@ -987,6 +988,9 @@ def parameter_count(config):
 def check_common_flags(cfg):
     """Refuse impossible values of the flags that both trainers share; raises ValueError with flag, value and remedy."""
     check_tracker(cfg.report_to)
+    for flag, value in vars(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):  # nan passes every comparison that refuses
+            raise ValueError(f"--{flag} {value}: choose a finite number")
     choices = {
         "activation_checkpointing": ("none", "full", "selective"), "save_dtype": ("bfloat16", "float32"),
         "lr_scheduler_type": ("cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup"),
