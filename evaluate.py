@@ -2,7 +2,7 @@
 Evaluation: accuracy against the token budget, with intervals that say how much of a difference is luck.
 
     python evaluate.py --model runs/grpo/final --benchmark aime24,math500 --num_samples 64 --budgets 8000,12000,16000
-    torchrun --nproc_per_node 8 evaluate.py ...       one engine per --tensor_parallel_size ranks, each takes its share
+    torchrun --nproc_per_node 8 evaluate.py ...       one engine per --tensor_parallel_size ranks, each draws its share
     python evaluate.py --model base=DIR,grpo=DIR --benchmark demo:test --compare --plot curve.png
 
 Method
@@ -402,9 +402,10 @@ def read_samples(folder):
     return samples, torn
 
 
-def missing_samples(problems, cfg, stored):
-    """[(Problem, sample)] that are not among the stored keys."""
-    return [(p, s) for p in problems for s in range(cfg.num_samples) if (p.benchmark, p.id, s) not in stored]
+def missing_samples(problems, cfg, stored, share=slice(None)):
+    """[(Problem, sample)] of a share of all wanted ones that are not among the stored keys."""
+    wanted = [(p, s) for p in problems for s in range(cfg.num_samples)][share]
+    return [(p, s) for p, s in wanted if (p.benchmark, p.id, s) not in stored]
 
 
 def wait_for_samples(cfg, folder, problems):
@@ -459,18 +460,24 @@ def draw_missing(cfg, layout, model_path, problems, folder):
     stored, torn = read_samples(folder)
     if torn and is_main():
         print(f"{folder}: {torn} line(s) torn by an interruption; those samples are drawn again", flush=True)
-    # Shares are cut from the list of problems, not from what is missing: ranks look at the folder at different times.
-    mine = missing_samples(problems[layout.index::layout.count], cfg, stored)
+    # Shares are cut from all samples, not from the missing ones: ranks look at the folder at different times. Each
+    # engine gets some samples of every problem, so that none is left alone with the hard, long ones.
+    mine = missing_samples(problems, cfg, stored, slice(layout.index, None, layout.count))
     if not mine or not layout.owns_engine:
         return
+    longest = max(len(prompt_ids[p.problem]) + p.max_tokens for p, _ in mine)
+    config = policy_lib.load_config(model_path)
+    rope = getattr(config, "rope_parameters", None) or {}     # scaled kinds reach beyond max_position_embeddings
+    if rope.get("rope_type") == "default" and longest > config.max_position_embeddings:
+        raise ValueError(f"--budgets {cfg.budgets}: prompt and completion may reach {longest} tokens, and {model_path} "
+                         f"has {config.max_position_embeddings} positions; lower the largest budget")
     on_cpu = not torch.cuda.is_available()
     engine = rollout_lib.Engine(
-        str(model_path), max_model_len=max(len(prompt_ids[p.problem]) + p.max_tokens for p, _ in mine),
-        dtype=cfg.dtype, tensor_parallel_size=cfg.tensor_parallel_size, devices=None if on_cpu else layout.devices,
+        str(model_path), max_model_len=longest, dtype=cfg.dtype, tensor_parallel_size=cfg.tensor_parallel_size,
+        devices=None if on_cpu else layout.devices, max_restarts=cfg.max_engine_restarts,
         gpu_memory_utilization=cfg.gpu_memory_utilization, kv_cache_gb=cfg.kv_cache_gb or None, seed=cfg.seed,
         max_num_seqs=cfg.max_num_seqs, enforce_eager=cfg.enforce_eager, start_timeout=cfg.engine_start_timeout,
-        log_file=str(folder / f"engine-{layout.index}.log"), stall_timeout=cfg.engine_stall_timeout,
-        max_restarts=cfg.max_engine_restarts)
+        log_file=str(folder / f"engine-{layout.index}.log"), stall_timeout=cfg.engine_stall_timeout)
     bar = tqdm(total=len(mine), unit="sample", desc=f"{folder.name}, engine 1 of {layout.count}", smoothing=0.05,
                dynamic_ncols=True, file=sys.stderr, disable=not is_main())
     try:
@@ -713,16 +720,15 @@ def main(cfg):
         print(f"plot: {cfg.plot}", flush=True)
 
 
-def run():
-    """Parse the flags and run main. What a user can mend ends in one line and status 1, on the rank that met it."""
-    from transformers.hf_argparser import HfArgumentParser
-
+def main_of_a_rank(cfg):
+    """main, with a voice for ranks other than 0: trainers fail together, but an engine or a disk can fail alone."""
     try:
-        (cfg,) = HfArgumentParser(EvalConfig, allow_abbrev=False).parse_args_into_dataclasses()
         main(cfg)
-    except (ValueError, OSError, rollout_lib.EngineError) as error:
-        sys.exit(f"evaluate.py: {'' if is_main() else 'rank ' + os.environ['RANK'] + ': '}{error}")
+    except (OSError, rollout_lib.EngineError) as error:
+        if not is_main():
+            print(f"evaluate.py: rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+        raise policy_lib.RankFailure(str(error)) from error
 
 
 if __name__ == "__main__":
-    run()
+    policy_lib.run_main(main_of_a_rank, EvalConfig)

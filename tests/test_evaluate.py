@@ -528,12 +528,11 @@ def test_killed_evaluation_continues_without_repeating_a_sample(setting, referen
     assert (tmp_path / "table.md").read_text() == (reference[0] / "table.md").read_text()
 
 
-def test_two_ranks_share_the_problems(setting, reference, tmp_path):
+def test_two_ranks_share_the_samples(setting, reference, tmp_path):
     done = torchrun("evaluate.py", *flags(setting, tmp_path))
     assert done.returncode == 0, done.stderr
     parts = sorted((tmp_path / "model").glob("samples-*.jsonl"))
-    ids = [{json.loads(line)["id"] for line in part.read_text().splitlines()} for part in parts]
-    assert [len(some) for some in ids] == [PROBLEMS // 2, PROBLEMS // 2] and not ids[0] & ids[1]
+    assert [part.read_text().count("\n") for part in parts] == [PROBLEMS * SAMPLES // 2] * 2
     assert stored(tmp_path / "model") == stored(reference[0] / "model")
     assert done.stdout.count("### toy") == 1
     assert (tmp_path / "table.md").read_text() == (reference[0] / "table.md").read_text()
@@ -545,6 +544,12 @@ def test_other_settings_are_refused_and_nothing_is_overwritten(setting, referenc
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "seed is 7, was 42; temperature is 0.5, was 1.0" in done.stderr
     assert stored(reference[0] / "model") == before
+
+
+def test_budgets_beyond_the_model_are_refused_before_an_engine_starts(setting, tmp_path):
+    done = run(sys.executable, ROOT / "evaluate.py", *flags(setting, tmp_path, budgets="5000"))
+    assert done.returncode == 1 and "--budgets 5000" in done.stderr and "2048 positions" in done.stderr
+    assert not list(tmp_path.glob("*/engine*"))
 
 
 def test_finished_evaluation_starts_no_engine_and_rescoring_needs_no_model(setting, reference):
