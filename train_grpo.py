@@ -33,6 +33,7 @@ Letters: P prompts, G answers per prompt, B = P x G, T tokens of a micro-batch, 
 import json
 import math
 import random
+import shutil
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -428,6 +429,11 @@ def policy_logprobs(model, batch, cfg):
     return model(**{name: batch[name] for name in MODEL_INPUTS}, temperature=temperature)
 
 
+def sync_folder(cfg):
+    """This run's folder below --sync_dir; named after output_dir, so that a resumed run finds and clears it."""
+    return Path(cfg.sync_dir, "grpo-" + Path(cfg.output_dir).resolve().as_posix().strip("/").replace("/", "-"))
+
+
 def publish(model, engine, ctx, probe_ids, previous, version, cfg):
     """
     Hand the weights to every engine and prove that they arrived; collective. Nobody may sample before this returns.
@@ -437,8 +443,7 @@ def publish(model, engine, ctx, probe_ids, previous, version, cfg):
     """
     started = time.perf_counter()
     dtype = torch.float32 if ctx.device.type == "cpu" else torch.bfloat16  # what the engine computes in
-    sync_dir = Path(cfg.sync_dir, "grpo-" + Path(cfg.output_dir).resolve().as_posix().strip("/").replace("/", "-"))
-    folder, fingerprint = rollout_lib.publish_weights(model, str(sync_dir), version, dtype, ctx)
+    folder, fingerprint = rollout_lib.publish_weights(model, str(sync_folder(cfg)), version, dtype, ctx)
     probe = data.collate([(np.array(probe_ids), np.ones(len(probe_ids)))], ctx.device)
     with torch.no_grad():
         trainer_probe = model(**{name: probe[name] for name in MODEL_INPUTS})[0][:-1].tolist()
@@ -712,6 +717,8 @@ output     {output_dir}""", flush=True)
     log.close()
     if engine is not None:
         engine.close()
+    if ctx.local_rank == 0:
+        shutil.rmtree(sync_folder(cfg), ignore_errors=True)  # save_hf has met all ranks: nobody reads it
     if ctx.is_main:
         print(f"done: {total_steps} steps; model in {output_dir / 'final'}", flush=True)
     policy_lib.shutdown_distributed(ctx)

@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-seed=1 output="" sft_steps=1100 grpo_steps=30 eval_problems=200 eval_samples=4
+seed=1 output="" sft_steps=1000 grpo_steps=30 eval_problems=200 eval_samples=4
 while [ $# -gt 0 ]; do
   case "$1" in
     --seed | --output | --sft_steps | --grpo_steps | --eval_problems | --eval_samples)

@@ -15,10 +15,8 @@ import rollout
 import train_grpo
 from train_grpo import group_advantages, grpo_loss, loss_weights
 
-torch.set_default_dtype(torch.float64)
 
-
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def double_precision():
     torch.set_default_dtype(torch.float64)
     yield

@@ -42,7 +42,8 @@ def parse(config_class, arguments):
 
 def dry_run(script, stage, *flags, **environment):
     """The plan that a stage prints on a single rank."""
-    return recipe(script, stage, *flags, "--benchmark_dir", "", "--dry_run", GPUS="1", LAUNCH=f"{sys.executable}", **environment)
+    flags = (*flags, "--benchmark_dir", "", "--dry_run")
+    return recipe(script, stage, *flags, GPUS="1", LAUNCH=f"{sys.executable}", **environment)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
