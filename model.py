@@ -740,8 +740,13 @@ def save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step, trainer_
         dcp.save(state, checkpoint_id=temporary, process_group=ctx.control, no_dist=False)
     except dcp.CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
-        raise RankFailure(f"saving {folder} failed ({type(reason).__name__}: {reason}); is the disk of --output_dir "
-                          f"full? Earlier ones are untouched: {checkpoint_steps(output_dir) or 'none'}") from error
+        if isinstance(reason, KeyboardInterrupt):
+            raise reason from error
+        free = shutil.disk_usage(temporary).free / 1e9
+        earlier = checkpoint_steps(output_dir) or "none"
+        raise RankFailure(f"saving {folder} failed ({type(reason).__name__}: {str(reason).splitlines()[0]}); "
+                          f"{free:.2f} GB are free on the disk of --output_dir. "
+                          f"Earlier checkpoints are untouched: {earlier}") from error
     with together(ctx, f"checksumming {folder}"):
         own = {p.name: [p.stat().st_size, file_crc32(p)] for p in temporary.glob(f"__{ctx.rank}_*.distcp")}
     manifest = {name: entry for part in gather_objects(ctx, own) for name, entry in part.items()}
@@ -998,7 +1003,7 @@ def check_common_flags(cfg):
     for flag, allowed in choices.items():
         if getattr(cfg, flag) not in allowed:
             raise ValueError(f"--{flag} {getattr(cfg, flag)!r}: choose one of {', '.join(allowed)}")
-    for flag in ("learning_rate", "logging_steps", "head_chunk_size", "timeout_minutes", "heartbeat_timeout"):
+    for flag in ("learning_rate", "logging_steps", "eval_steps", "head_chunk_size", "timeout_minutes", "heartbeat_timeout"):
         if not getattr(cfg, flag) > 0:
             raise ValueError(f"--{flag} {getattr(cfg, flag)} must be above 0")
     for flag in ("warmup_ratio", "min_lr_rate"):
