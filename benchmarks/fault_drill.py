@@ -4,9 +4,9 @@ Break training runs on purpose, at random moments, and count what survives.
     python benchmarks/fault_drill.py --sft_rounds 12 --grpo_rounds 3 --seed 0
 
     1. reference    one undisturbed run of each trainer: two torchrun ranks, the demo's tiny model, real vLLM for GRPO
-    2. round        the same run again; a fault of a random kind strikes at a random moment (during start-up, or a random
-                    while after a random step); the run heals or ends; it is resumed and struck again, until
-                    --faults_per_round faults have struck, and is then left to finish
+    2. round        the same run again; a fault strikes at a random moment (during start-up, or a random while after a
+                    random step); the run heals or ends; it is resumed and struck again, until --faults_per_round
+                    faults have struck, and is then left to finish. Kinds come from a shuffled deck: none is forgotten
     3. verdict      survived: every attempt ended within its deadline, the undisturbed last one with status 0, and no
                     process is left. Equal: SFT losses and final weights bit for bit; GRPO prompts, weights versions
                     and sampled token ids of every step. Work lost: steps trained and not in the checkpoint resumed from
@@ -125,7 +125,7 @@ class Job:
 
 def alive(process):
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE  # nobody reaps an orphan in a container
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE  # containers reap no orphans
     except psutil.NoSuchProcess:
         return False
 
@@ -275,9 +275,10 @@ def play_round(stage, number, args, rng, reference, startup, work):
     disk = work / f"{stage}-{number}"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)],
-                             capture_output=True).returncode == 0
+                             capture_output=True, check=False).returncode == 0
     job = Job(stage, work, disk / "run", disk, args.sft_steps if stage == "sft" else args.grpo_steps)
     kinds = [kind for kind in FAULTS[stage] if mounted or kind != "disk full"]
+    random.Random(f"{args.seed}/{stage}").shuffle(kinds)
     faults, attempt, note = [], 0, ""
     while not note:
         steps = policy_lib.checkpoint_steps(job.output)
@@ -288,7 +289,7 @@ def play_round(stage, number, args, rng, reference, startup, work):
         fault = None
         if len(faults) < args.faults_per_round:
             wait_for_moment(job, rng, steps[-1] if steps else 0, startup)
-            kind = rng.choice(kinds)
+            kind = kinds[(number * args.faults_per_round + len(faults)) % len(kinds)]
             while job.process.poll() is None and not (struck := FAULTS[stage][kind](job, rng)):
                 time.sleep(0.2)  # not possible yet: no rank, no checkpoint, no engine
             if job.process.poll() is None or struck:
