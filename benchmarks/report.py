@@ -33,7 +33,8 @@ def facts():
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    commit = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True,
+                            check=False)
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     return {"commit": commit.stdout.strip() or "unknown", "python": platform.python_version(), "versions": versions,
             "cpu": cpu.group(1) if cpu else platform.machine(), "cores": os.cpu_count(),
@@ -86,9 +87,10 @@ def child(python, script, *arguments, ranks=0, timeout=900, env=()):
                    "TRANSFORMERS_VERBOSITY": "error", **({"OMP_NUM_THREADS": "1"} if ranks else {}), **dict(env)}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         done = subprocess.run([str(python), *launcher, str(script), *map(str, arguments)], cwd=ROOT, env=environment,
-                              stdout=out, stderr=err, timeout=timeout)
+                              stdout=out, stderr=err, timeout=timeout, check=False)
         out.seek(0), err.seek(0)
         text, errors = out.read(), err.read()
+    errors = errors.split('torch/distributed/run.py"')[0]  # torchrun's own traceback says nothing about the cause
     if done.returncode:
         raise RuntimeError(f"{script} {' '.join(map(str, arguments))} ended with status {done.returncode}:\n"
                            f"{text[-1500:]}\n{errors[-4000:]}")

@@ -1,0 +1,84 @@
+"""
+B6: loading and exporting, per rank: no rank ever holds a full copy of the model.
+
+    python benchmarks/memory.py [--ranks 1,2,4] [--hidden_size 1024]
+
+A random Qwen2 (fp32 on disk) is loaded by load_policy on N gloo ranks and exported by save_hf; growth of the resident
+peak of the fullest rank, above what the imports hold. Loading should cost 1/N of the model plus at most one large
+tensor of file pages; exporting adds 1/N in the target type, plus one gathered tensor. save_hf's speed per writer is
+measured in the same run (to --folder; use a path in /dev/shm for the weight sync's case).
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import report
+
+
+def worker(folder):
+    import torch
+
+    import model as policy_lib
+
+    ctx = policy_lib.setup_distributed()
+    policy_lib.load_policy(folder / "warm-up", ctx)  # imports, thread pools, gloo buffers
+    before = report.peak_memory_gb(reset=True)
+    model = policy_lib.load_policy(folder / "model", ctx)
+    load = report.peak_memory_gb() - before
+    before = report.peak_memory_gb(reset=True)
+    started = time.perf_counter()
+    policy_lib.save_hf(model, folder / f"export-{ctx.world_size}", ctx, torch.bfloat16)
+    seconds = time.perf_counter() - started
+    found = policy_lib.gather_objects(ctx, (load, report.peak_memory_gb() - before))
+    if ctx.is_main:
+        size = sum(f.stat().st_size for f in (folder / f"export-{ctx.world_size}").glob("*.safetensors")) / 1e9
+        print(json.dumps({"load_gb": max(f[0] for f in found), "save_gb": max(f[1] for f in found),
+                          "save_seconds": seconds, "gb_per_s_and_writer": size / seconds / ctx.world_size}), flush=True)
+    policy_lib.shutdown_distributed(ctx)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", default="1,2,4")
+    parser.add_argument("--hidden_size", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/bench-memory"))
+    parser.add_argument("--worker", action="store_true")
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.folder)
+
+    import torch
+    import transformers
+
+    shutil.rmtree(args.folder, ignore_errors=True)
+    for name, hidden_size, layers in (("warm-up", 64, 2), ("model", args.hidden_size, args.layers)):
+        config = transformers.Qwen2Config(
+            vocab_size=32_768, hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=layers,
+            num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False, bos_token_id=None, eos_token_id=1)
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(args.folder / name)
+    size = sum(f.stat().st_size for f in (args.folder / "model").glob("*.safetensors")) / 1e9
+    largest = 32_768 * args.hidden_size * 4 / 1e9
+    rows = []
+    try:
+        for ranks in map(int, args.ranks.split(",")):
+            found = report.ours(__file__, "--worker", "--folder", args.folder, ranks=ranks)
+            rows.append({"ranks": ranks, "load GB": round(found["load_gb"], 3),
+                         "allowed: 1/N + largest": round(size / ranks + largest, 3),
+                         "save GB": round(found["save_gb"], 3),
+                         "allowed: 1/(2N) + 2 largest": round(size / 2 / ranks + 2 * largest, 3),
+                         "save s": round(found["save_seconds"], 2),
+                         "GB/s per writer": round(found["gb_per_s_and_writer"], 2)})
+    finally:
+        shutil.rmtree(args.folder, ignore_errors=True)
+    report.finish("memory", rows, model_gb=round(size, 3), largest_tensor_gb=round(largest, 3), cores=os.cpu_count(),
+                  target="load and save within what is allowed; >= 2 GB/s per writer to /dev/shm")
+
+
+if __name__ == "__main__":
+    main()
