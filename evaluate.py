@@ -89,7 +89,7 @@ class EvalConfig:
     output_dir: str = HfArg(default="runs/eval", help="One folder per model with all that was asked and answered.")
     rescore: bool = HfArg(default=False, help=(
         "Grade and score what is stored, also at other budgets; needs no model, no benchmark, no engine."))
-    compare: bool = HfArg(default=False, help="Also print each later model's paired difference from the first one.")
+    compare: bool = HfArg(default=False, help="Also print the paired difference of every two models.")
     plot: str = HfArg(default="", help="Draw accuracy against token budget for all models (.png, .pdf, .svg).")
     # Engines
     tensor_parallel_size: int = HfArg(default=1, help="GPUs (under torchrun: ranks) that share one engine.")
