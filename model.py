@@ -1003,7 +1003,8 @@ def check_common_flags(cfg):
     for flag, allowed in choices.items():
         if getattr(cfg, flag) not in allowed:
             raise ValueError(f"--{flag} {getattr(cfg, flag)!r}: choose one of {', '.join(allowed)}")
-    for flag in ("learning_rate", "logging_steps", "eval_steps", "head_chunk_size", "timeout_minutes", "heartbeat_timeout"):
+    for flag in ("learning_rate", "logging_steps", "eval_steps", "head_chunk_size", "timeout_minutes",
+                 "heartbeat_timeout"):
         if not getattr(cfg, flag) > 0:
             raise ValueError(f"--{flag} {getattr(cfg, flag)} must be above 0")
     for flag in ("warmup_ratio", "min_lr_rate"):
