@@ -1,0 +1,246 @@
+"""Hundreds of bad inputs: refused in one line, or dropped and counted; none raises from the depths, none hangs."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import random
+import signal
+import struct
+
+import pytest
+
+import data
+import model as policy_lib
+import rewards
+import train_grpo
+import train_sft
+
+SECONDS = 60  # of one case; 10 MB take a few
+
+
+@contextlib.contextmanager
+def one_line_or_nothing(case):
+    """The block may end well or with a ValueError of one line; anything else, a hang included, fails with the case."""
+    def too_long(number, frame):
+        raise AssertionError(f"more than {SECONDS} s: {case!r:.300}")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        assert str(error) and "\n" not in str(error).strip() and len(str(error)) < 3000, (case, str(error)[:500])
+    except AssertionError:
+        raise
+    except Exception as error:
+        raise AssertionError(f"{type(error).__name__}: {error!s:.300} for {case!r:.300}") from error
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+LEAVES = [None, True, 0, -1, 1e308, float("nan"), float("inf"), "", " ", "x", "\x00", "\ud800", "é", "🙂" * 50,
+          "\\boxed{", "\\boxed{1}", "1" * 5000, "<think>", "</think>", "{{ 1/0 }}", "{% raw %}",
+          [], {}, 10**400, "\u202eabc", "%s%n", "\u2028"]
+
+
+def any_value(rng, depth=0):
+    if depth > 3 or rng.random() < 0.6:
+        return rng.choice(LEAVES)
+    if rng.random() < 0.5:
+        return [any_value(rng, depth + 1) for _ in range(rng.randint(0, 3))]
+    keys = rng.choices(["role", "content", "from", "value", "problem", "x", ""], k=rng.randint(0, 3))
+    return {key: any_value(rng, depth + 1) for key in keys}
+
+
+def any_row(rng):
+    good = {"problem": "1+1", "generation": "2 \\boxed{2}", "answer": "2"}
+    kind = rng.randrange(5)
+    if kind == 0:
+        return any_value(rng)
+    if kind == 1:
+        return {**good, rng.choice(list(good)): any_value(rng)}
+    if kind == 2:
+        return {name: value for name, value in good.items() if rng.random() < 0.5}
+    if kind == 3:
+        roles = ["user", "assistant", "system", "tool", None, 1, ["user"]]
+        turns = [{"role": rng.choice(roles), "content": any_value(rng, 3)} for _ in range(rng.randint(0, 4))]
+        return {rng.choice(["messages", "conversations"]): rng.choice([turns, any_value(rng)])}
+    return {**good, "messages": any_value(rng)}
+
+
+def any_line(rng):
+    text = json.dumps(any_row(rng)).encode()
+    kind = rng.randrange(8)
+    if kind == 0:
+        return text[:rng.randint(0, len(text))]
+    if kind == 1:
+        return bytes(rng.randrange(256) for _ in range(rng.randint(1, 80))).replace(b"\n", b"")
+    if kind == 2:
+        return text.decode().encode(rng.choice(["utf-16", "utf-32", "utf-8-sig"]), "replace").replace(b"\n", b"")
+    if kind == 3:
+        return b'{"problem": "a", "problem": "b", "generation": "c", "answer": "1"}'
+    if kind == 4:
+        return rng.choice([b"[", b'{"problem":']) * rng.choice([10, 2000, 100_000])
+    return text
+
+
+def documents_and_problems(path, tokenizer, cfg):
+    """What both trainers do with a data set; every row is either kept or counted under a reason."""
+    with one_line_or_nothing(path.read_bytes()[:300]):
+        documents, report = data.tokenize_rows(data.iterate_rows(str(path)), tokenizer, 512)
+        assert report["rows"] == len(documents) + sum(report["dropped"].values())
+        assert all(reason and "\n" not in reason for reason in report["dropped"])
+    with one_line_or_nothing(path.read_bytes()[:300]):
+        problems, dropped = train_grpo.load_problems(str(path), "train", tokenizer, cfg)
+        assert problems
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    return train_grpo.GRPOConfig(system_prompt="none", max_malformed=1.0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_json_lines(seed, tmp_path, tokenizer, cfg):
+    rng = random.Random(seed)
+    for case in range(20):
+        path = tmp_path / f"{case}.jsonl"
+        path.write_bytes(b"\n".join(any_line(rng) for _ in range(rng.randint(1, 8))))
+        documents_and_problems(path, tokenizer, cfg)
+
+
+def test_random_json_files(tmp_path, tokenizer, cfg):
+    rng = random.Random(1)
+    for case in range(60):
+        path = tmp_path / f"{case}.json"
+        rows = [any_row(rng) for _ in range(rng.randint(0, 4))]
+        text = json.dumps(rows if rng.random() < 0.7 else any_value(rng)).encode()
+        path.write_bytes(text[:rng.randint(0, len(text))] if rng.random() < 0.3 else text)
+        documents_and_problems(path, tokenizer, cfg)
+    for deep in (b"[" * 200_000, b'{"a":' * 200_000, b"", b"\xff\xfe[]", b"\xef\xbb\xbf[]", b"1" * 10_000):
+        path.write_bytes(deep)
+        documents_and_problems(path, tokenizer, cfg)
+
+
+def test_damaged_parquet(tmp_path, tokenizer, cfg):
+    import pyarrow
+    import pyarrow.parquet
+
+    rng, good = random.Random(2), tmp_path / "good.parquet"
+    rows = [{"problem": f"{i}+1", "generation": f"\\boxed{{{i + 1}}}", "answer": str(i + 1)} for i in range(50)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), good)
+    content = good.read_bytes()
+    for case in range(12):
+        damaged = bytearray(content[:rng.randrange(len(content))] if case % 2 else content)
+        for _ in range(0 if case % 2 else 20):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path = tmp_path / f"{case}.parquet"
+        path.write_bytes(damaged)
+        documents_and_problems(path, tokenizer, cfg)
+    columns = [1, 2], [None, None], [[1], []], [{"a": 1}, None], [b"\xff", b""], [1.5, float("nan")]
+    for number, column in enumerate(columns):
+        path = tmp_path / f"types{number}.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"problem": column, "generation": column, "answer": column}), path)
+        documents_and_problems(path, tokenizer, cfg)
+
+
+def test_rows_of_ten_megabytes(tmp_path, tokenizer, cfg):
+    path, large = tmp_path / "large.jsonl", "x" * 10_000_000
+    rows = [{"problem": "1+1", "generation": large}, {"problem": large[:1_000_000], "answer": "2"},
+            {"problem": "1+1", "answer": "\\frac" * 2_000_000}, {"problem": "1+1", "generation": "2", "answer": "2"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    documents_and_problems(path, tokenizer, cfg)
+
+
+TEMPLATES = ["", "{{", "{% for %}", "{{ 1/0 }}", "{{ messages[99].content }}", "{{ missing.attribute.of }}", "no roles",
+             "{{ raise_exception('no\nline') }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "\x00",
+             "{{ messages[0]['content'] * 3 }}", "{% include 'x' %}", "{% set x = x + 1 %}{{ x }}", "{{ eos_token }}",
+             "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ bos_token + 1 }}", "{{ messages | nosuchfilter }}"]
+
+
+@pytest.mark.parametrize("number", range(len(TEMPLATES)))
+def test_templates(number, tmp_path, demo):
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo / "base")
+    path = tmp_path / "template.jinja"
+    path.write_text(TEMPLATES[number])
+    with one_line_or_nothing(TEMPLATES[number]):
+        data.set_chat_template(tokenizer, str(path))
+        data.tokenize_rows(data.iterate_rows("demo:test"), tokenizer, 512)
+
+
+def test_template_files_that_are_no_text(tmp_path, tokenizer):
+    for name, content in (("latin", b"\xe9\xff"), ("binary", struct.pack("<100d", *range(100)))):
+        (tmp_path / name).write_bytes(content)
+        with one_line_or_nothing(name):
+            data.set_chat_template(tokenizer, str(tmp_path / name))
+    with one_line_or_nothing("folder"):
+        data.set_chat_template(tokenizer, str(tmp_path))
+
+
+VALUES = ["", "0", "-1", "1", "nan", "inf", "-inf", "1e999", "2", "0.5", "True", "maybe", "None", "x" * 300, "\x00",
+          "a,b,,", ",", "1,2", "../..", "🙂", "[]"]
+
+
+@pytest.mark.parametrize("program", [train_sft, train_grpo], ids=["sft", "grpo"])
+def test_every_flag_with_every_odd_value(program):
+    """HfArgumentParser and check_config between them: an accepted value has the flag's type, and no number is NaN."""
+    from transformers.hf_argparser import HfArgumentParser
+
+    config_class = program.SFTConfig if program is train_sft else program.GRPOConfig
+    parser, accepted = HfArgumentParser(config_class, allow_abbrev=False), []
+    for field in dataclasses.fields(config_class):
+        for value in VALUES:
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                try:
+                    cfg, = parser.parse_args_into_dataclasses([f"--{field.name}={value}"])
+                except SystemExit as end:
+                    assert end.code == 2 and f"--{field.name}" in said.getvalue()
+                    continue
+            with one_line_or_nothing((field.name, value)):
+                program.check_config(cfg)
+                accepted.append((field.name, getattr(cfg, field.name)))
+    numbers = [(name, value) for name, value in accepted if isinstance(value, float)]
+    assert not [(name, value) for name, value in numbers if value != value], "not a number"
+    with contextlib.redirect_stderr(io.StringIO()):
+        for arguments in (["stray"], ["--seed", "1", "--seed"], ["--=3"], ["--learning_rate", "1e-5", "extra"], ["-x"]):
+            with contextlib.suppress(SystemExit):
+                _, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+                assert unknown  # run_main refuses them
+
+
+def test_model_folders_of_random_json(tmp_path):
+    rng = random.Random(3)
+    for case in range(60):
+        folder = tmp_path / str(case)
+        folder.mkdir()
+        key = rng.choice(["hidden_size", "vocab_size", "layer_types", "rope_scaling"])
+        config = {"model_type": rng.choice(["qwen2", "llama", "nonsense", 3, None]), key: any_value(rng)}
+        text = json.dumps(rng.choice([config, config, any_value(rng)])).encode()
+        (folder / "config.json").write_bytes(text if rng.random() < 0.7 else text[:rng.randint(0, len(text))])
+        (folder / "model.safetensors").write_bytes(bytes(rng.randrange(256) for _ in range(rng.randint(0, 64))))
+        (folder / "model.safetensors.index.json").write_text(json.dumps(any_value(rng)) if rng.random() < 0.5 else "{")
+        with one_line_or_nothing(text):
+            policy_lib.check_architecture(policy_lib.load_config(policy_lib.model_folder(folder)))
+        with one_line_or_nothing("index"):
+            policy_lib.safetensors_files(folder)
+        (folder / "model.safetensors.index.json").unlink()
+        with one_line_or_nothing("safetensors"):
+            policy_lib.safetensors_files(folder)
+
+
+PIECES = ["\\boxed{", "}", "1", "\\frac", "{", "^", "x", "(", ",", "\\text{", "<think>", "</think>", "\x00"]
+
+
+def test_gold_answers_and_completions_of_any_kind():
+    rng = random.Random(4)
+    for _ in range(300):
+        value = any_value(rng)
+        with one_line_or_nothing(value):
+            gold = rewards.gold_answer(value)
+            text = "".join(rng.choices(PIECES, k=40))
+            assert isinstance(rewards.is_equal(text, gold or "1"), bool)
+            rewards.extract_answer(text)
