@@ -951,10 +951,10 @@ def hub_file(dataset):
 
 def token_counter(name):
     """texts -> tokens of each, without special tokens, by the tokenizer of a folder or hub id."""
-    import transformers
+    from model import load_tokenizer
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = load_tokenizer(name)
     except (OSError, ValueError) as error:
         raise DataError(f"--tokenizer {name} cannot be loaded: {str(error)[:200]}") from error
     return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
@@ -1163,9 +1163,9 @@ def print_report(output, report):
 # ---------------------------------------------------------------------------------------------------------------------
 def show_rows(args):
     """Print rows as the trainer sees them: trained tokens green, the rest grey, one bar between tokens."""
-    import transformers
+    from model import load_tokenizer
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model_name_or_path)
+    tokenizer = load_tokenizer(args.model_name_or_path)
     set_chat_template(tokenizer, args.chat_template)
     ending = end_of_turn(tokenizer)
     shown = 0
@@ -1263,7 +1263,7 @@ def main():
                 build(args)
         else:
             show_rows(show_parser().parse_args())
-    except (DataError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"data.py: {error}")
 
 

@@ -570,13 +570,32 @@ def load_policy(path, ctx, **build_options):
     return model
 
 
+TOKENIZER_PROBE = "x_{12}=3.75, so  \\frac{a}{b} >= 1024?\n\n<think>\nI'd say \\boxed{7}.</think> \u03c0\u221a"
+
+
 def load_tokenizer(path, ctx=None):
-    """The tokenizer of a model folder or hub id; ValueError in one line when there is none."""
+    """
+    The tokenizer of a model folder or hub id; ValueError in one line when there is none.
+
+    The ids are those of the folder's own tokenizer.json. transformers 5 builds the class that belongs to the model type
+    (Qwen2Tokenizer in every qwen2 folder) with that class's way of splitting text, whatever the file says: silently other
+    ids than the model was trained on.
+    """
+    import tokenizers
     import transformers
 
     folder = model_folder(path, ctx)
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        if (folder / "tokenizer.json").is_file():
+            file = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            file.no_truncation()
+            expected = file.encode(TOKENIZER_PROBE, add_special_tokens=False).ids
+            if tokenizer(TOKENIZER_PROBE, add_special_tokens=False)["input_ids"] != expected:
+                print(f"{folder}: {type(tokenizer).__name__} splits text otherwise than tokenizer.json; using the file",
+                      file=sys.stderr)
+                tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        return tokenizer
     except Exception as error:  # noqa: BLE001  (as above: the tokenizers library raises bare Exception)
         raise ValueError(f"{folder} has no tokenizer that transformers can read: "
                          f"{' '.join(str(error).split())[:300]}") from error

@@ -185,6 +185,26 @@ def test_saved_folder_loads_in_transformers_with_the_same_logits(arch, tie, tmp_
     assert all(torch.equal(half.state_dict()[k], v) for k, v in rounded.items())
 
 
+def test_ids_are_those_of_the_folder_s_tokenizer_file(tmp_path, capsys):
+    """AutoTokenizer splits numbers one digit at a time in every qwen2 folder; this file keeps up to three together."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\d{1,3}| ?\w+"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(["102 1024 375"] * 9, trainers.BpeTrainer(vocab_size=280, special_tokens=["<e>"],
+                                                                       initial_alphabet=alphabet, show_progress=False))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<e>").save_pretrained(tmp_path)
+    tiny_config("qwen2").save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "again"):
+        tokenizer = policy_lib.load_tokenizer(folder)
+        assert tokenizer("1024", add_special_tokens=False)["input_ids"] == bpe.encode("1024").ids
+        assert tokenizer.eos_token == "<e>" and "using the file" in capsys.readouterr().err
+        tokenizer.save_pretrained(tmp_path / "again")
+        tiny_config("qwen2").save_pretrained(tmp_path / "again")
+
+
 def test_fingerprint_follows_the_weights(tmp_path, ctx):
     tiny_model(tmp_path / "in")
     model = policy_lib.load_policy(tmp_path / "in", ctx)
