@@ -578,8 +578,8 @@ def load_tokenizer(path, ctx=None):
     The tokenizer of a model folder or hub id; ValueError in one line when there is none.
 
     The ids are those of the folder's own tokenizer.json. transformers 5 builds the class that belongs to the model type
-    (Qwen2Tokenizer in every qwen2 folder) with that class's way of splitting text, whatever the file says: silently other
-    ids than the model was trained on.
+    (Qwen2Tokenizer in every qwen2 folder) with that class's way of splitting text, whatever the file says: silently
+    other ids than the model was trained on.
     """
     import tokenizers
     import transformers
