@@ -68,7 +68,7 @@ class Job:
             options |= {"dataset": "demo:rl", "max_prompt_length": 128, "max_completion_length": 48, "beta": 0,
                         "num_prompts_per_step": 4, "num_generations": 4, "top_p": 1, "min_p": 0, "save_steps": 1,
                         "learning_rate": "1e-5", "reward_funcs": f"{self.work / 'reward.py'}:short",
-                        "sync_dir": self.sync, "engine_stall_timeout": 20}
+                        "sync_dir": self.sync, "engine_stall_timeout": 20, "engine_start_timeout": 120}
         flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
         self.log = self.work / f"{self.output.parent.name}-{attempt}.log"
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",

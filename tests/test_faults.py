@@ -105,7 +105,7 @@ def assert_gone(processes, seconds=20):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, demo, rows):
     folder = tmp_path_factory.mktemp("unbroken")
-    program = Program(folder, flags(demo, rows, folder / "run"))
+    program = Program(folder, flags(demo, rows, folder / "run", gradient_accumulation_steps=2), ranks=1)
     assert program.end() == [0], program.text[-3000:]
     return folder / "run"
 
@@ -150,6 +150,7 @@ def test_one_run_survives_one_fault_after_the_other(tmp_path, demo, rows, unbrok
         r"\(--heartbeat_timeout 6\), in step \d+. This run ends; start it again with --resume", program.text)
     assert said and int(said[1]) <= 2 * 6, program.text[-3000:]
     assert_gone(ranks)
+    assert "Unable to shutdown process" not in program.text  # torchrun need not wait 30 s for what cannot hear it
 
     # The newest checkpoint is damaged: the one before is taken, loudly. torchrun is killed: the ranks save and leave.
     newest = policy_lib.checkpoint_folder(output, policy_lib.checkpoint_steps(output)[-1])
@@ -170,9 +171,8 @@ def test_one_run_survives_one_fault_after_the_other(tmp_path, demo, rows, unbrok
     assert not list((output / "checkpoints").glob("*.tmp"))
 
     # One rank goes on with the same packs per step; the second interrupt leaves at once, in one line.
-    program = Program(tmp_path, flags(demo, rows, output, resume=True), ranks=1)
-    assert program.end() == [1] and "gradient_accumulation_steps x ranks: 2 then, 1 now" in program.text
-    program = Program(tmp_path, flags(demo, rows, output, resume=True, gradient_accumulation_steps=2), ranks=1)
+    one_rank = flags(demo, rows, output, resume=True, gradient_accumulation_steps=2)
+    program = Program(tmp_path, one_rank, ranks=1)
     program.reach(output, max(losses(output)) + 1)
     program.processes[0].send_signal(signal.SIGINT)
     while "SIGINT received; saving" not in program.text:
@@ -185,23 +185,26 @@ def test_one_run_survives_one_fault_after_the_other(tmp_path, demo, rows, unbrok
     (tmp_path / "sitecustomize.py").write_text(JUMPING_CLOCK)
     hybrid = flags(demo, rows, output, resume=True, shard_size=1)
     program = Program(tmp_path, hybrid, agents=2, PYTHONPATH=str(tmp_path))
-    program.reach(output, max(losses(output)) + 1)
+    program.reach(output, max(losses(output)) + 2)
     for process in (*program.ranks(1), program.processes[1]):
         process.kill()
     assert program.end()[0] not in (0, None)
     assert "lost" in program.text and "start it again with --resume" in program.text, program.text[-3000:]
 
     # And once more, to the end.
-    program = Program(tmp_path, hybrid, agents=2, PYTHONPATH=str(tmp_path))
-    assert program.end() == [0, 0], program.text[-3000:]
+    program = Program(tmp_path, one_rank, ranks=1)
+    assert program.end() == [0], program.text[-3000:]
     ours, theirs = losses(output), losses(unbroken)
-    assert sorted(ours) == sorted(theirs) == list(range(1, STEPS + 1))
-    assert all(ours[step] == pytest.approx(theirs[step], rel=1e-5) for step in theirs)
+    assert sorted(ours) == list(range(1, STEPS + 1)) and ours == pytest.approx(theirs, rel=1e-5)
 
     # Killed between the last checkpoint and `final`: the resumed run owes the model and nothing else.
     shutil.rmtree(output / "final")
-    program = Program(tmp_path, flags(demo, rows, output, resume=True, gradient_accumulation_steps=2), ranks=1)
+    program = Program(tmp_path, one_rank, ranks=1)
     assert program.end() == [0] and (output / "final/config.json").is_file() and losses(output) == ours
+
+    # Other packs per step would give the steps' numbers another meaning.
+    with pytest.raises(policy_lib.RankFailure, match="gradient_accumulation_steps x ranks: 2 then, 1 now"):
+        policy_lib.open_run(ctx, config, set(), {"gradient_accumulation_steps x ranks": 1})
 
 
 TWO_MACHINES_SCRIPT = """
@@ -239,7 +242,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, demo, rows, unbroke
         subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
         program = Program(tmp_path, flags(demo, rows, disk / "run", save_total_limit=1, resume=True))
         assert program.end() == [0], program.text[-3000:]
-        assert losses(disk / "run") == losses(unbroken)
+        assert losses(disk / "run") == pytest.approx(losses(unbroken), rel=1e-5)
 
 
 def test_a_full_disk_for_final_and_for_weights_is_named(tmp_path, demo, ctx):
@@ -259,6 +262,7 @@ def test_a_full_disk_for_final_and_for_weights_is_named(tmp_path, demo, ctx):
 
 ENGINE_SCRIPT = """
 import json, sys, psutil, shutil, torch
+from pathlib import Path
 import model as policy_lib, rollout, train_grpo
 if __name__ == "__main__":
     base, folder = sys.argv[1:]
@@ -273,7 +277,7 @@ if __name__ == "__main__":
 
     def flip(file):
         content = bytearray(file.read_bytes())
-        content[-3000] ^= 64  # an exponent's highest bit
+        content[-2997] ^= 64  # an exponent's highest bit; low bits of a mantissa are below the probe's tolerance
         file.write_bytes(content)
 
     faults = {"none": lambda file: None, "truncated": truncate, "deleted": Path.unlink,
@@ -374,6 +378,14 @@ def test_deadlines_use_a_steady_clock_and_nothing_trusts_code():
             for keyword in getattr(node, "keywords", []):
                 if keyword.arg == "trust_remote_code":
                     assert ast.unparse(keyword.value) in ("False", "trust_remote_code"), (path, node.lineno)
+
+
+def test_a_rank_without_its_torchrun_leaves(monkeypatch):
+    for name, value in {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    with pytest.raises(ConnectionError, match="does not answer .*torchrun has ended.*start the run again"):
+        policy_lib.check_store()
 
 
 def test_a_stale_lock_file_of_a_dead_run_stops_nobody(tmp_path, ctx):
