@@ -10,7 +10,6 @@ difference / norm, over all parameters; the worst single parameter is shown, too
 """
 
 import argparse
-import json
 import shutil
 import time
 from pathlib import Path
@@ -60,16 +59,15 @@ def plain_transformers(folder, dtype):
     return total, {name: p.grad for name, p in model.named_parameters()}
 
 
-def worker(folder, case):
-    """The product's forward, backward and dealing in the layout of this case; gradients go to a file."""
+def run_case(folder, case, ctx):
+    """The product's forward, backward and dealing in the layout of this case; loss and gradients go to a file."""
     import torch
 
     import data
     import model as policy_lib
     from train_sft import sft_loss
 
-    name, _, capacity, dtype, checkpointing = CASES[case]
-    ctx = policy_lib.setup_distributed()
+    _, _, capacity, dtype, checkpointing = CASES[case]
     model = policy_lib.load_policy(folder / "model", ctx, compute_dtype=getattr(torch, dtype),
                                    activation_checkpointing=checkpointing, head_chunk_size=100)
     rows = documents(folder)
@@ -86,8 +84,17 @@ def worker(folder, case):
     (total,) = policy_lib.sum_over_ranks(ctx, total)
     gradients = {n: p.grad.full_tensor() for n, p in policy_lib.named_weights(model)}
     if ctx.is_main:
-        torch.save(gradients, folder / f"case-{case}.pt")
-        print(json.dumps({"loss": total}), flush=True)
+        torch.save((total, gradients), folder / f"case-{case}.pt")
+
+
+def worker(folder, ranks):
+    """All cases of one number of ranks in one process tree."""
+    import model as policy_lib
+
+    ctx = policy_lib.setup_distributed()
+    for case, (_, wanted, *_) in enumerate(CASES):
+        if wanted == ranks:
+            run_case(folder, case, ctx)
     policy_lib.shutdown_distributed(ctx)
 
 
@@ -130,9 +137,10 @@ def main():
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(args.folder / "model")
     reference = {dtype: plain_transformers(args.folder, dtype) for dtype in ("float32", "float64")}
     rows, started = [], time.perf_counter()
-    for case, (name, ranks, _, dtype, _) in enumerate(CASES):
-        loss = report.ours(__file__, "--worker", case, "--folder", args.folder, ranks=ranks)["loss"]
-        gradients = torch.load(args.folder / f"case-{case}.pt")
+    for ranks in sorted({ranks for _, ranks, *_ in CASES}):
+        report.ours(__file__, "--worker", ranks, "--folder", args.folder, ranks=ranks)
+    for case, (name, _, _, dtype, _) in enumerate(CASES):
+        loss, gradients = torch.load(args.folder / f"case-{case}.pt")
         expected_loss, expected = reference[dtype]
         difference = {n: (gradients[n] - g).double().norm() for n, g in expected.items()}
         whole = sum(g.double().norm() ** 2 for g in expected.values()) ** 0.5

@@ -35,13 +35,19 @@ def worker(args):
         ends, rows, _ = update.run_ours(args.folder, args.steps, stub=False, max_completion_length=LIMIT)
         lengths = [row["completions/mean_length"] for row in rows]
     else:
+        from functools import partial
+
+        from trl.generation import vllm_generation
+
+        # TRL does not pass enforce_eager on; ours sets it on CPU, where compiling costs more than it gains
+        vllm_generation.LLM = partial(vllm_generation.LLM, enforce_eager=True)
         update.LONGEST = LIMIT
         ends, rows, _ = update.run_trl(
             args.folder, args.steps, args.batch_size, correction=True, stub=False, use_vllm=True, vllm_mode="colocate",
             vllm_max_model_length=LIMIT + 128, vllm_gpu_memory_utilization=0.3, top_p=1.0, min_p=0.0)
         lengths = [row["completions/mean_length"] for row in rows if "completions/mean_length" in row]
     if int(os.environ.get("RANK", 0)) == 0:
-        seconds = [b - a for a, b in zip(ends[WARM_UP - 1:], ends[WARM_UP:], strict=False)]
+        seconds = [b[0] - a[0] for a, b in zip(ends[WARM_UP - 1:], ends[WARM_UP:], strict=False)]
         tokens = [n * update.PROMPTS * update.GENERATIONS for n in lengths[WARM_UP:]]
         phases = {key[5:]: statistics.median(row[key] for row in rows[WARM_UP:])
                   for key in rows[0] if key.startswith("time/")} if args.worker == "ours" else {}

@@ -483,8 +483,8 @@ def projection(case):
 
 SECTIONS = [  # name, function, seconds it may need on an H200; in this order, the most telling first
     ("C1", c1_attention, 15), ("G1", g1_matmul, 10), ("G2", g2_attention, 15), ("G3", g3_step, 240),
-    ("P", projection, 0), ("C2", c2_policy, 60), ("G3b", g3b_cross_document, 30), ("G3c", g3c_transformers, 60), ("G4", g4_head, 15),
-    ("G6", g6_grpo_update, 60), ("G7", g7_adamw, 10), ("G8", g8_weight_sync, 30)]
+    ("P", projection, 0), ("C2", c2_policy, 60), ("G3b", g3b_cross_document, 30), ("G3c", g3c_transformers, 60),
+    ("G4", g4_head, 15), ("G6", g6_grpo_update, 60), ("G7", g7_adamw, 10), ("G8", g8_weight_sync, 30)]
 
 
 def main():

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -110,6 +111,11 @@ def trl(script, *arguments, **options):
         subprocess.run([sys.executable, "-m", "venv", ROOT / ".venv-trl"], check=True)
         subprocess.run([TRL_PYTHON, "-m", "pip", "install", "-qq", "-r", requirements], cwd=ROOT, check=True)
     return child(TRL_PYTHON, script, *arguments, **options)
+
+
+def now():
+    """(wall, CPU) seconds. CPU seconds of a process hardly move when others use the machine; wall seconds do."""
+    return time.perf_counter(), time.process_time()
 
 
 def peak_memory_gb(reset=False):

@@ -18,7 +18,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import report
@@ -71,7 +70,7 @@ def run_ours(folder, packs):
 
     def timed_write(self, metrics, line):
         write(self, metrics, line)
-        ends.append(time.perf_counter())
+        ends.append(report.now())
         losses.append(metrics["loss"])
 
     model.RunLog.write = timed_write
@@ -96,11 +95,11 @@ def run_trl(folder, packing, batch_size):
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            ends.append(time.perf_counter())
+            ends.append(report.now())
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            if logs and "loss" in logs:
-                losses.append(logs["loss"])
+            if logs and "train_loss" in logs:  # the run's mean; ours averages its steps
+                losses.append(logs["train_loss"])
 
     rows = load_dataset("json", data_files=f"{folder}/ids.jsonl", split="train", cache_dir=f"{folder}/hf")
     packed = {} if packing == "padded" else {"packing": True, "packing_strategy": packing}
@@ -120,7 +119,8 @@ def worker(arm, folder, packs, batch_size):
     ends, losses = run_ours(folder, packs) if arm == "ours" else run_trl(folder, arm, batch_size)
     if int(os.environ.get("RANK", 0)) == 0:
         half = len(ends) // 2
-        print(json.dumps({"seconds": ends[-1] - ends[half - 1], "steps": half, "loss": losses[-1],
+        wall, cpu = (ends[-1][i] - ends[half - 1][i] for i in (0, 1))
+        print(json.dumps({"seconds": wall, "cpu": cpu, "steps": half, "loss": sum(losses) / len(losses),
                           "peak_gb": report.peak_memory_gb()}), flush=True)
 
 
@@ -157,12 +157,15 @@ def main():
     rate = {arm: [tokens / m["seconds"] for m in runs] for arm, runs in measured.items()}
     best = max((arm for arm in arms if arm != "ours"), key=lambda arm: statistics.median(rate[arm]))
     paired = [a / b for a, b in zip(rate["ours"], rate[best], strict=True)]  # neighbours in time
+    cpu = [b["cpu"] / a["cpu"] for a, b in zip(measured["ours"], measured[best], strict=True)]
     peak = {arm: statistics.median(m["peak_gb"] for m in runs) for arm, runs in measured.items()}
     rows = [{"arm": arm if arm == "ours" else f"TRL {arm}", "tokens/s": report.spread(rate[arm]),
              "peak GB per rank": round(peak[arm], 2), "steps per epoch": measured[arm][-1]["steps"],
-             "last loss": round(measured[arm][-1]["loss"], 3)} for arm in arms]
+             "tokens per CPU s": report.spread([tokens / m["cpu"] for m in measured[arm]]),
+             "mean loss": round(measured[arm][-1]["loss"], 3)} for arm in arms]
     report.finish(f"sft_vs_trl {args.model}, {args.ranks or 1} process(es)", rows, tokens_per_epoch=tokens,
                   baseline=f"TRL {best}", ratio=round(statistics.median(paired), 3), ratio_range=report.spread(paired),
+                  ratio_of_cpu_seconds_rank_0=round(statistics.median(cpu), 3),
                   peak_ratio=round(peak["ours"] / peak[best], 3), target="ratio >= 1.2, peak ratio <= 0.8",
                   python_of_trl=str(report.TRL_PYTHON))
 

@@ -69,14 +69,14 @@ def main():
 
     shutil.rmtree(args.folder, ignore_errors=True)
     data.write_demo(args.folder)
+    step = dict(model_name_or_path=args.folder / "base", dataset=args.folder / "train.jsonl", max_length=1024,
+                output_dir=args.folder / "run", cache_dir=args.folder / "cache", system_prompt="none",
+                chat_template="tokenizer", gradient_accumulation_steps=1, max_steps=1)
     commands = {
         "import torch": (["-c", "import torch"], ""),
         "train_sft.py --help": (["train_sft.py", "--help"], "< 3 s"),
         "train_grpo.py --help": (["train_grpo.py", "--help"], "< 3 s"),
-        "first SFT step, then leave": (["train_sft.py", "--model_name_or_path", args.folder / "base", "--dataset",
-                                        args.folder / "train.jsonl", "--output_dir", args.folder / "run",
-                                        "--max_length", 1024, "--max_steps", 1, "--gradient_accumulation_steps", 1, "--system_prompt",
-                                        "none", "--chat_template", "tokenizer", "--cache_dir", args.folder / "cache"],
+        "first SFT step, then leave": (["train_sft.py", *(x for flag in step for x in (f"--{flag}", step[flag]))],
                                        "< 15 s"),
     }
     measured, engines = {name: [] for name in commands}, []
