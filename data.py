@@ -839,7 +839,7 @@ def make_example(row, problem, answer, traces, args, **facts):
     try:
         "".join([problem, str(answer), facts.get("solution", ""), *traces]).encode()
     except UnicodeEncodeError:
-        return None, "not valid Unicode"
+        return None, HALF_A_PAIR
     gold = gold_text(answer)
     if gold is None:
         return None, "no gold answer" if answer in (None, "") else "gold answer that the grader cannot read"

@@ -323,7 +323,7 @@ def test_rows_that_no_recipe_can_use_are_counted(tmp_path):
             "conversations is not a question and an answer": 1,
             "not JSON": 1,
             "not UTF-8": 1,
-            "not valid Unicode": 1,
+            "half a surrogate pair in a text": 1,
         },
     }
 
