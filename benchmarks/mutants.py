@@ -25,22 +25,26 @@ MUTANTS = [  # what, file, the line's text, what it becomes, test file
     ("ratio detached", "train_grpo.py", "ratio = log_ratio.exp()", "ratio = log_ratio.exp().detach()", LOSS),
     ("reversed clip", "train_grpo.py", "ratio.clamp(1 - epsilon, 1 + epsilon_high)",
      "ratio.clamp(1 - epsilon_high, 1 + epsilon)", LOSS),
-    ("stop token outside the mask", "train_grpo.py", '"mask": np.append(before, np.full(len(completion.token_ids), weights[i], dtype=np.float32)),',
-     '"mask": np.append(np.append(before, np.full(max(0, len(completion.token_ids) - 1), weights[i])), [0.0] * (len(completion.token_ids) > 0)),', LOSS),
-    ("mean not subtracted", "train_grpo.py", "values - values.sum(1, keepdim=True) / count, 0.0)", "values, 0.0)", LOSS),
+    ("stop token outside the mask", "train_grpo.py", "    return rows\n",
+     "    for row in rows:\n        row['mask'][-1] = 0\n    return rows\n", LOSS),
+    ("mean not subtracted", "train_grpo.py", "values - values.sum(1, keepdim=True) / count, 0.0)", "values, 0.0)",
+     LOSS),
     ("k1 for k3", "train_grpo.py", "kl = delta.exp() - delta - 1", "kl = -delta", LOSS),
-    ("importance weight without cap", "train_grpo.py", ".exp().clamp(max=rollout_is_cap).detach()", ".exp().detach()", LOSS),
+    ("importance weight without cap", "train_grpo.py", ".exp().clamp(max=rollout_is_cap).detach()",
+     ".exp().detach()", LOSS),
     ("importance weight with gradient", "train_grpo.py", "rollout_weight = (old_logprobs - rollout_logprobs)",
      "rollout_weight = (logprobs - rollout_logprobs)", LOSS),
     ("sequence ratio: sum for mean", "train_grpo.py", "sums.index_add(0, sequence_ids, log_ratio) / lengths",
      "sums.index_add(0, sequence_ids, log_ratio)", LOSS),
-    ("rollout log-probs off by one", "train_grpo.py", 'np.append(row["rollout_logprobs"][1:], 0)', 'row["rollout_logprobs"]', LOSS),
+    ("rollout log-probs off by one", "train_grpo.py", 'np.append(row["rollout_logprobs"][1:], 0)',
+     'row["rollout_logprobs"]', LOSS),
     ("no empty micro-batches", "train_grpo.py", "packs + [[]] * (longest - len(packs))", "packs", LOSS),
     ("epochs in the same order", "train_grpo.py", 'random.Random(f"{seed}/{epoch}").shuffle(order)',
      'random.Random(f"{seed}").shuffle(order)', LOSS),
-    ("attention crosses documents", "model.py", "bounds = cu_seqlens.tolist()", "bounds = [0, int(cu_seqlens[-1])]", MODEL),
+    ("attention crosses documents", "model.py", "bounds = cu_seqlens.tolist()",
+     "bounds = [0, int(cu_seqlens[-1])]", MODEL),
     ("temperature forgotten in backward", "model.py", "(grad_logits / ctx.temperature)", "grad_logits", MODEL),
-    ("head holds all logits", "model.py", "self.model.embed_tokens.weight, targets, temperature, self.head_chunk_size",
+    ("another temperature if tied", "model.py", "self.model.embed_tokens.weight, targets, temperature, self.head_chunk_size",
      "self.model.embed_tokens.weight, targets, temperature + 0.1, self.head_chunk_size", MODEL),
     ("rotary buffers not restored", "model.py", "model.model.rotary_emb = type(model.model.rotary_emb)(config=config)",
      "model.model.rotary_emb = model.model.rotary_emb", MODEL),
@@ -71,10 +75,10 @@ def main():
             if original.count(old) != 1:
                 sys.exit(f"mutants.py: {what}: {old!r} stands {original.count(old)} times in {file}; update the list")
             (copy / file).write_text(original.replace(old, new))
-            done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests], cwd=copy,
-                                  capture_output=True, text=True, check=False)
+            pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests]
+            done = subprocess.run(pytest, cwd=copy, capture_output=True, text=True, check=False)
             (copy / file).write_text(original)
-            failed = [line.split("::")[1].split(" ")[0] for line in done.stdout.splitlines() if line.startswith("FAILED")]
+            failed = [line.split("::")[1].split(" ")[0] for line in done.stdout.splitlines() if line[:6] == "FAILED"]
             print(f"{what:<36} {file:<14} {failed[0] if failed else 'SURVIVED'}", flush=True)
             survivors += [] if failed else [what]
     print(json.dumps({"mutants": len(MUTANTS), "caught": len(MUTANTS) - len(survivors), "survived": survivors}))
