@@ -1056,8 +1056,9 @@ def run_main(main, config_class):
         if isinstance(error, RuntimeError) and not isinstance(error, (RankFailure, Stopped)):
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise  # a defect, for which a traceback is the right message
-            error = RankFailure(f"rank {os.environ.get('RANK', 0)} has lost another: it or its machine died, or did not "
-                                f"answer within --timeout_minutes ({str(error).splitlines()[0][-200:]}); start it again with --resume")
+            reason = str(error).splitlines()[0][-200:]
+            error = RankFailure(f"rank {os.environ.get('RANK', 0)} has lost another: it or its machine died, or it did "
+                                f"not answer within --timeout_minutes ({reason}); start it again with --resume")
         first = dist.is_initialized() or int(os.environ.get("RANK", 0)) == 0
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):  # where the store is lost, each rank speaks for itself
