@@ -1692,19 +1692,23 @@ class WorkerPool:
                 except queue.Empty:
                     continue
                 outcome, value = "crash", None
-                try:
-                    if worker is None or worker.process.poll() is not None:
-                        worker = Worker(self.function, self.memory_gb)
-                    reply = worker.ask(pair, self.timeout)
-                    if "value" in reply:
-                        outcome, value = "done", reply["value"]
-                    else:
-                        self.complain(reply["error"])
-                except TimeoutError:
-                    outcome, worker = "timeout", worker.kill()
-                except (OSError, ValueError, EOFError) as error:  # it died, or answered what is no JSON
-                    self.complain(repr(error))
-                    worker = worker.kill() if worker else None
+                for last_try in (False, True):  # whoever killed the worker may not have meant this item: a fresh one tries
+                    try:
+                        if worker is None or worker.process.poll() is not None:
+                            worker = Worker(self.function, self.memory_gb)
+                        reply = worker.ask(pair, self.timeout)
+                        if "value" in reply:
+                            outcome, value = "done", reply["value"]
+                        else:
+                            self.complain(reply["error"])
+                        break
+                    except TimeoutError:
+                        outcome, worker = "timeout", worker.kill()
+                        break
+                    except (OSError, ValueError, EOFError) as error:  # it died, or answered what is no JSON
+                        worker = worker.kill() if worker else None
+                        if last_try:
+                            self.complain(repr(error))
                 results.put((i, outcome, value))
         finally:
             if worker:

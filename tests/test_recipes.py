@@ -193,7 +193,8 @@ def test_faithful_lengths_are_the_papers():
 
 def test_no_flags_is_the_first_recipe():
     """DESIGN 2: train_sft.py and train_grpo.py without flags are Fast-Math-R1's two stages."""
-    paths_and_machine = {"model_name_or_path", "dataset", "output_dir", "compile", "tensor_parallel_size"}
+    paths_and_machine = {"model_name_or_path", "dataset", "output_dir", "compile", "tensor_parallel_size",
+                         "benchmark_dir"}
     for config_class, stage in ((train_sft.SFTConfig, "sft"), (train_grpo.GRPOConfig, "grpo")):
         default, chosen = parse(config_class, []), parse(config_class, command(R1, stage))
         different = {
