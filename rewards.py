@@ -1692,7 +1692,7 @@ class WorkerPool:
                 except queue.Empty:
                     continue
                 outcome, value = "crash", None
-                for last_try in (False, True):  # whoever killed the worker may not have meant this item: a fresh one tries
+                for last_try in (False, True):  # killed from outside? a fresh worker tries again
                     try:
                         if worker is None or worker.process.poll() is not None:
                             worker = Worker(self.function, self.memory_gb)
