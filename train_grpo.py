@@ -701,7 +701,8 @@ output     {output_dir}""", flush=True)
                       f"loss {loss:+.4f}  kl {metrics['update/kl']:.4f}  grad {grad_norm:.2f}  | {seconds:.1f} s: " +
                       ", ".join(f"{phase} {value:.1f}" for phase, value in timer.seconds.items()
                                 if phase != "rewards") +
-                      (f"  | eval accuracy {metrics['eval/pass@1']:.3f}" if "eval/pass@1" in metrics else ""))
+                      (f"  | eval accuracy {metrics['eval/pass@1']:.3f}" if "eval/pass@1" in metrics else "") +
+                      ("" if any(weights) else "  | NOTHING TRAINED: every answer is masked or has no reward"))
             stopping = stop_requested()
             if stopping or step == total_steps or (cfg.save_steps and step % cfg.save_steps == 0) or step in keep_steps:
                 policy_lib.save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step,

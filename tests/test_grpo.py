@@ -232,11 +232,13 @@ def test_faithful_flags_beta_iterations_and_cut_off_sampling_run(tmp_path, demo)
         demo, output, beta=0.04, num_iterations=2, importance_sampling_level="sequence", loss_type="dapo",
         scale_rewards="batch", mask_truncated_completions="True", top_p=0.9, min_p=0.05, temperature=0.8,
         reward_funcs="format,cosine,length,repetition,soft_overlong", length_unit="chars", length_scope="local_batch",
-        num_prompts_per_step=3, num_generations=3, max_steps=2, max_tokens_per_microbatch=152))
+        num_prompts_per_step=3, num_generations=3, max_steps=2, max_completion_length=200,
+        max_tokens_per_microbatch=328))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "corrected by importance weights" in done.stdout
     rows = metrics(output)
-    assert rows[1]["update/kl"] > 0 and "time/reference" in rows[0]
+    assert 0 < rows[0]["completions/truncated"] < 1  # some are masked, some are trained on
+    assert rows[0]["update/kl"] > 0 and "time/reference" in rows[0]  # of the second iteration
     assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
 
 

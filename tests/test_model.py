@@ -85,6 +85,20 @@ def test_activation_checkpointing_changes_nothing(mode, tmp_path, ctx):
     assert_close(results[1][1], results[0][1], 1e-6)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_blocks_change_nothing(tmp_path, ctx):
+    tiny_model(tmp_path)
+    documents = random_documents(8, [30, 20])
+    results = []
+    for compile_blocks in (False, True):
+        model = policy_lib.load_policy(tmp_path, ctx, activation_checkpointing="full", compile_blocks=compile_blocks)
+        loss = packed_loss(model, documents, 10)
+        loss.backward()
+        results.append((loss.item(), gradients(model)))
+    assert abs(results[1][0] / results[0][0] - 1) < 1e-6
+    assert_close(results[1][1], results[0][1])
+
+
 def test_micro_batches_and_order_and_packing_add_up(tmp_path, ctx):
     tiny_model(tmp_path)
     documents = random_documents(2, [11, 29, 7, 33, 20, 2])
