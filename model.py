@@ -772,11 +772,10 @@ def save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step, trainer_
     with together(ctx, f"publishing {folder}"):
         if ctx.is_main:
             trainer = {"step": step, "world_size": ctx.world_size, "scheduler": scheduler.state_dict(), **trainer_state}
-            for name, content in (("trainer.json", trainer), ("manifest.json", manifest)):
-                if name == "manifest.json":
-                    manifest |= {n: [(temporary / n).stat().st_size, file_crc32(temporary / n)]
-                                 for n in ("trainer.json", ".metadata")}
-                (temporary / name).write_text(json.dumps(content))
+            (temporary / "trainer.json").write_text(json.dumps(trainer))
+            for name in ("trainer.json", ".metadata"):
+                manifest[name] = [(temporary / name).stat().st_size, file_crc32(temporary / name)]
+            (temporary / "manifest.json").write_text(json.dumps(manifest))
             fsync_folder(temporary)
             publish_folder(temporary, folder)
             if save_total_limit > 0:

@@ -324,11 +324,11 @@ def prompts_at(num_problems, cursor, count, seed):
     Position alone decides, so that nothing is repeated or skipped by a resume, nor by prompts that were replaced.
     """
     chosen = []
-    for position in range(cursor, cursor + count):
-        epoch, offset = divmod(position, num_problems)
+    while len(chosen) < count:
+        epoch, offset = divmod(cursor + len(chosen), num_problems)
         order = list(range(num_problems))
         random.Random(f"{seed}/{epoch}").shuffle(order)
-        chosen.append(order[offset])
+        chosen += order[offset:offset + count - len(chosen)]
     return chosen
 
 
