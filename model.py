@@ -14,6 +14,7 @@ Left out: tensor, pipeline and context parallelism, LoRA, 8-bit optimizers (READ
 Letters: T tokens and D documents of a pack, V vocabulary, h hidden size, H heads, d head size, C tokens of a chunk.
 """
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -35,8 +36,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -57,6 +56,7 @@ class Dist:
     mesh: object  # 1-D ("shard",), or 2-D ("replicate", "shard") when shard_size < world_size
     control: object  # gloo group: error agreement, gathered Python objects; never waits on a CUDA stream
     timeout: float  # seconds that any collective may wait
+    doing: str = "while starting"  # for the heartbeat's message; the trainers keep it up to date
 
     @property
     def is_main(self):
@@ -163,31 +163,35 @@ def together(ctx, what):
         raise RankFailure(f"{what} failed on {'; '.join(failed)}") from error
 
 
-def start_heartbeat(ctx, deadline, where=lambda: ""):
+def start_heartbeat(ctx, deadline):
     """
     Name a rank that stops responding (frozen machine, SIGSTOP) and end this one, instead of waiting for ever.
 
-    A thread on every rank writes a beat into the process group's store each few seconds and reads the others'. A rank
-    whose beat stands still for `deadline` seconds is printed with its host and process, killed if it is on this machine
-    (a stopped process ignores torchrun's SIGTERM), and this process exits with status 75; torchrun then ends the rest.
-    Steady clock: a jump of the wall clock changes nothing.
+    Called as soon as the process group stands: a rank can freeze while it loads, too. A thread on every rank writes a
+    beat into the process group's store each few seconds and reads the others'. A rank whose beat stands still for
+    `deadline` seconds is printed with its host and process, killed if it is on this machine (a stopped process ignores
+    torchrun's SIGTERM), and this process exits with status 75; torchrun then ends the rest. The store itself may be
+    what is silent: where the machine that serves it lost power, a read blocks for hours. A second thread sees that no
+    round of beats ends and does the same. Steady clock: a jump of the wall clock changes nothing.
     """
     if ctx.world_size == 1:
         return
     store = dist.PrefixStore("heartbeat", dist.distributed_c10d._get_default_store())
-    host = os.uname().nodename
-    store.set(f"who/{ctx.rank}", f"host {host}, process {os.getpid()}")
+    # A process id means something within one kernel and one pid namespace; host names repeat (clones, containers).
+    machine = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.stat('/proc/self/ns/pid').st_ino}"
+    store.set(f"who/{ctx.rank}", json.dumps([machine, os.uname().nodename, os.getpid()]))
     pause = min(10.0, deadline / 6)
 
+    launcher, rounds = os.getppid(), [0]  # rounds: beats of this rank that the store has taken
+
     def beat():
-        count, seen, last_round = 0, {}, time.monotonic()
+        seen, last_round = {}, time.monotonic()
         while True:
-            count += 1
             if time.monotonic() - last_round > deadline / 2:  # we were stopped too (a suspended job): start anew
                 seen.clear()
             last_round = time.monotonic()
             try:
-                store.set(f"beat/{ctx.rank}", str(count))
+                store.set(f"beat/{ctx.rank}", str(rounds[0]))
                 for rank in range(ctx.world_size):
                     value = store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b""
                     last, since = seen.get(rank, (None, None))
@@ -195,24 +199,43 @@ def start_heartbeat(ctx, deadline, where=lambda: ""):
                     if value != last:
                         seen[rank] = (value, now)
                     elif value != b"done" and now - since > deadline:
-                        who = store.get(f"who/{rank}").decode() if store.check([f"who/{rank}"]) else "not started yet"
+                        where_from, host, pid = [None] * 3
+                        if store.check([f"who/{rank}"]):
+                            where_from, host, pid = json.loads(store.get(f"who/{rank}"))
+                        who = f"host {host}, process {pid}" if pid else "not started yet"
                         print(f"rank {ctx.rank}: rank {rank} ({who}) has not responded for {now - since:.0f} s "
-                              f"(--heartbeat_timeout {deadline:.0f}){where()}. This run ends; "
+                              f"(--heartbeat_timeout {deadline:.0f}), {ctx.doing}. This run ends; "
                               "start it again with --resume", file=sys.stderr, flush=True)
-                        if who.startswith(f"host {host}, process "):
+                        if where_from == machine:
                             with contextlib.suppress(ProcessLookupError):
-                                os.kill(int(who.split()[-1]), signal.SIGKILL)
+                                os.kill(pid, signal.SIGKILL)
                         os._exit(75)
             except (dist.DistError, RuntimeError):
+                stop.set()
                 return  # the store is gone: torchrun is ending the run, and says so itself
+            rounds[0] += 1
             if stop.wait(pause):
                 with contextlib.suppress(dist.DistError, RuntimeError):
                     store.set(f"beat/{ctx.rank}", "done")
                 return
 
+    def watch():
+        seen, silent = -1, 0.0  # silent counts pauses, not the clock: time in which we were stopped is not the store's
+        while not stop.wait(pause):
+            silent = silent + pause if rounds[0] == seen else 0.0
+            seen = rounds[0]
+            if silent > deadline:
+                print(f"rank {ctx.rank}: torchrun's store at {os.environ['MASTER_ADDR']} has not answered for "
+                      f"{silent:.0f} s (--heartbeat_timeout {deadline:.0f}), {ctx.doing}: that machine or the network "
+                      "is down. This run ends; start it again with --resume", file=sys.stderr, flush=True)
+                if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == launcher:
+                    os.kill(launcher, signal.SIGKILL)  # our torchrun hangs in the same read, deaf to SIGTERM
+                os._exit(75)
+
     stop = threading.Event()
     thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
     thread.start()
+    threading.Thread(target=watch, daemon=True, name="heartbeat watch").start()
     ctx.stop_heartbeat = lambda: (stop.set(), thread.join(timeout=5))
 
 
@@ -266,11 +289,17 @@ def attention_saving_policy(ctx, op, *args, **kwargs):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Chunked head
 # ---------------------------------------------------------------------------------------------------------------------
+def scaled_logits(hidden, weight, temperature, dtype):
+    """z of a chunk, (C, V). Without a temperature in the model's dtype: softmax widens it on the fly, one pass less."""
+    logits = hidden @ weight.T
+    return logits if temperature == 1 else logits.to(dtype).div_(temperature)
+
+
 class ChunkedLogprobs(torch.autograd.Function):
     """
     log p(target) = z_target - logsumexp(z),  z = hidden @ weight^T / temperature, for C tokens at a time.
 
-    Forward keeps only the logsumexp (T,). Backward computes each chunk's logits once more:
+    Forward keeps no logits. Backward computes each chunk's once more:
         d z = g * (onehot(target) - softmax(z))
         d hidden = d z @ weight / temperature,   d weight = d z^T @ hidden / temperature
     Without the chunks, logits, their fp32 copy and their gradient cost 44 GB at 24k tokens and 152k vocabulary.
@@ -280,31 +309,30 @@ class ChunkedLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, chunk_size):
         accumulate = torch.promote_types(hidden.dtype, torch.float32)  # bf16 -> fp32; the tests' fp64 stays fp64
         logprobs = torch.empty(len(targets), dtype=accumulate, device=hidden.device)
-        entropy, lse = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        entropy = torch.empty_like(logprobs)
         for rows in torch.arange(len(targets), device="cpu").split(chunk_size):
             rows = slice(int(rows[0]), int(rows[-1]) + 1)
-            logits = (hidden[rows] @ weight.T).to(accumulate) / temperature  # (C, V)
-            lse[rows] = torch.logsumexp(logits, dim=-1)
-            logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - lse[rows]
-            # H = lse - sum_v p_v z_v, the entropy of the distribution that is sampled from (before top_p and min_p)
-            entropy[rows] = lse[rows] - (torch.exp(logits - lse[rows, None]) * logits).sum(-1)
-        ctx.save_for_backward(hidden, weight, targets, lse)
+            logp = torch.log_softmax(scaled_logits(hidden[rows], weight, temperature, accumulate), -1, dtype=accumulate)
+            logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
+            # H = - sum_v p_v log p_v, of the distribution that is sampled from (before top_p and min_p)
+            entropy[rows] = -logp.exp().mul_(logp).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad_logprobs, _):
-        hidden, weight, targets, lse = ctx.saved_tensors
+        hidden, weight, targets = ctx.saved_tensors
+        accumulate = grad_logprobs.dtype
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # fp32 accumulator: summing a dozen chunks in bf16 would lose the small ones
-        grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
         for rows in torch.arange(len(targets), device="cpu").split(ctx.chunk_size):
             rows = slice(int(rows[0]), int(rows[-1]) + 1)
-            logits = (hidden[rows] @ weight.T).to(lse.dtype) / ctx.temperature  # (C, V)
-            grad_logits = torch.exp(logits - lse[rows, None]).mul_(-grad_logprobs[rows, None])  # - g p
-            grad_logits.scatter_add_(1, targets[rows, None], grad_logprobs[rows, None])  # + g onehot
-            grad_logits = (grad_logits / ctx.temperature).to(hidden.dtype)
+            p = torch.softmax(scaled_logits(hidden[rows], weight, ctx.temperature, accumulate), -1, dtype=accumulate)
+            g = grad_logprobs[rows, None] / ctx.temperature
+            grad_logits = p.mul_(-g).scatter_add_(1, targets[rows, None], g).to(hidden.dtype)  # g (onehot - p), (C, V)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ weight
             if grad_weight is not None:
@@ -432,8 +460,9 @@ def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_che
     hooks gather the weights before either runs. Trainable: fp32 master weights, computed in compute_dtype, gradients
     reduced in fp32. Not trainable (the reference of GRPO): stored in compute_dtype, no gradients.
     """
-    import transformers
+    import transformers  # imports of half a second each stand where they are used: --help need not wait for them
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
     check_architecture(config)
@@ -494,6 +523,8 @@ def named_weights(model):
     A forward without a backward leaves the root and the head gathered, as bf16 copies on a GPU; what is saved must be
     the fp32 masters, so they are put back to their shards first.
     """
+    from torch.distributed.fsdp import FSDPModule
+
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -502,7 +533,7 @@ def named_weights(model):
 
 def shard_rows(param, total_rows):
     """The rows [lo, hi) of a parameter that this rank holds; FSDP2 cuts dimension 0 like torch.chunk."""
-    if not isinstance(param, DTensor):
+    if not hasattr(param, "to_local"):  # only a DTensor has it
         return 0, total_rows
     mesh = param.device_mesh
     shards, index = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)  # the last dimension is "shard"
@@ -537,7 +568,7 @@ def load_weights(model, folder, ctx):
                     raise ValueError(f"{name} is {source.get_shape()} in the file "
                                      f"and {list(param.shape)} by config.json")
                 lo, hi = shard_rows(param, param.shape[0])
-                local = param.to_local() if isinstance(param, DTensor) else param
+                local = param.to_local() if hasattr(param, "to_local") else param
                 if hi > lo:
                     local.copy_(source[lo:hi])
             except SafetensorError as error:
@@ -616,7 +647,7 @@ def generation_config(folder, stop_token_id):
 def clip_gradients(model, max_norm):
     """Scale gradients to a global norm of at most max_norm (0: leave them) and return the norm before, as a float."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def make_schedule(cfg, optimizer, horizon):
@@ -671,13 +702,15 @@ def save_hf(model, folder, ctx, dtype=torch.bfloat16, tokenizer=None, generation
     with torch.no_grad():
         for name, param in weights:
             full = param.detach().to(dtype)
-            full = full.full_tensor() if isinstance(full, DTensor) else full
+            full = full.full_tensor() if hasattr(full, "full_tensor") else full
             total_bytes += full.numel() * full.element_size()
             if owner[name] == group_rank:
+                words = full.reshape(-1).view(torch.uint8)  # summed where they are, 8 bytes at a time
+                whole = len(words) // 8 * 8
+                bits = int(words[:whole].view(torch.int64).sum()) + int(words[whole:].sum())
+                # weighted by name, so that two tensors that swap places change the sum
+                fingerprint += bits * (zlib.crc32(name.encode()) | 1)
                 mine[name] = full.to("cpu", copy=True).contiguous()
-                bits = mine[name].view(torch.int16 if full.element_size() == 2 else torch.int32)
-                # position-weighted by name, so that two tensors that swap places change the sum
-                fingerprint += int(bits.sum(dtype=torch.int64)) * (zlib.crc32(name.encode()) | 1)
             del full
     fingerprint = sum(gather_objects(ctx, fingerprint)[:group_size]) % (1 << 63)  # ranks 0.. hold the first full copy
 
@@ -1049,6 +1082,7 @@ def run_main(main, config_class):
     if unknown:
         close = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f" (did you mean {close[0]}?)" if close else ""))
+    status = 0
     try:
         main(cfg)
     except (ValueError, OSError, RuntimeError, FloatingPointError, KeyboardInterrupt) as error:
@@ -1058,15 +1092,23 @@ def run_main(main, config_class):
             reason = str(error).splitlines()[0][-200:]
             error = RankFailure(f"rank {os.environ.get('RANK', 0)} has lost another: it or its machine died, or it did "
                                 f"not answer within --timeout_minutes ({reason}); start it again with --resume")
-        first = dist.is_initialized() or int(os.environ.get("RANK", 0)) == 0
+        # Before the process group stands, bad flags fail all ranks alike; a lost connection is one rank's own news.
+        own_news = isinstance(error, (RankFailure, ConnectionError))
+        first = dist.is_initialized() or os.environ.get("RANK", "0") == "0" or own_news
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):  # where the store is lost, each rank speaks for itself
                 first = dist.distributed_c10d._get_default_store().add("errors_printed", 1) == 1
         if first:
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
-        # os._exit: interpreter shutdown would wait for collectives that other ranks will never join
-        sys.stdout.flush()
-        os._exit({Stopped: 128 + signal.SIGTERM, KeyboardInterrupt: 128 + signal.SIGINT}.get(type(error), 1))
+        status = {Stopped: 128 + signal.SIGTERM, KeyboardInterrupt: 128 + signal.SIGINT}.get(type(error), 1)
+    # Not through the interpreter's shutdown: after a failure it would wait for collectives that other ranks will never
+    # join; after a success gloo's threads can outlive it and abort ("terminate called without an active exception", one
+    # run in ten of two CPU ranks, torch 2.13), and a finished run would count as failed.
+    if status == 0:
+        atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class RunLog:

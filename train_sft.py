@@ -145,6 +145,7 @@ def evaluation_loss(model, documents, max_length, ctx):
 def main(cfg):
     check_config(cfg)
     ctx = policy_lib.setup_distributed(cfg.timeout_minutes, cfg.shard_size)
+    policy_lib.start_heartbeat(ctx, cfg.heartbeat_timeout)
     output_dir = Path(cfg.output_dir)
 
     # ---------------------------------------------------------------------------------- data and plan
@@ -215,11 +216,11 @@ output     {output_dir}""", flush=True)
                          "raise --max_steps or --num_train_epochs")
     log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, first_step, cfg.report_to, cfg.logging_steps)
     keep_steps = [int(s) for s in cfg.keep_steps.split(",") if s]
-    policy_lib.start_heartbeat(ctx, cfg.heartbeat_timeout, lambda: f", in step {step + 1}")
     step = first_step
 
     with policy_lib.stop_on_signal(ctx) as stop_requested:
         while step < total_steps:
+            ctx.doing = f"in step {step + 1}"
             started = time.perf_counter()
             # ========================================================================== 1. batch
             # The order is a function of (seed, epoch): a resumed run needs only the step to go on where it stopped.

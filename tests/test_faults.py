@@ -22,7 +22,7 @@ import rewards
 import rollout
 import train_sft
 
-STEPS = 16
+STEPS = 18
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_one_run_survives_one_fault_after_the_other(tmp_path, demo, rows, unbrok
     assert_gone(ranks, 60)
     damaged = f"checkpoint step {int(newest.name[5:])} is damaged ({victim.name} does not match its checksum)"
     assert damaged in program.text
-    assert re.search(r"train_sft.py: stopped by a signal after step \d+ of 16; continue with --resume", program.text)
+    assert re.search(rf"stopped by a signal after step \d+ of {STEPS}; continue with --resume", program.text)
     assert policy_lib.checkpoint_steps(output)[-1] == max(losses(output))
     assert not list((output / "checkpoints").glob("*.tmp"))
 
@@ -191,6 +191,24 @@ def test_one_run_survives_one_fault_after_the_other(tmp_path, demo, rows, unbrok
     assert program.end()[0] not in (0, None)
     assert "lost" in program.text and "start it again with --resume" in program.text, program.text[-3000:]
 
+    # The machine that serves torchrun's store loses power: no connection is closed, and the other's reads never return.
+    program = Program(tmp_path, hybrid, agents=2)
+    program.reach(output, max(losses(output)) + 2)
+    port = int(program.ranks(0)[0].environ()["MASTER_PORT"])
+    serving = [any(c.status == psutil.CONN_LISTEN and c.laddr.port == port
+                   for c in psutil.Process(agent.pid).net_connections()) for agent in program.processes]
+    assert sorted(serving) == [False, True]
+    lost, other = serving.index(True), serving.index(False)
+    dead, alive = program.ranks(lost), program.ranks(other)
+    for process in (*dead, program.processes[lost]):
+        process.send_signal(signal.SIGSTOP)
+    assert program.processes[other].wait(60) != 0  # killed by its rank where it hangs in the same read
+    assert_gone(alive)
+    assert re.search(r"torchrun's store at \S+ has not answered for [6-9] s \(--heartbeat_timeout 6\), in step \d+: "
+                     r"that machine or the network is down. This run ends; start it again with --resume", program.text)
+    for process in (*dead, program.processes[lost]):
+        process.kill()
+
     # And once more, to the end.
     program = Program(tmp_path, one_rank, ranks=1)
     assert program.end() == [0], program.text[-3000:]
@@ -205,6 +223,29 @@ def test_one_run_survives_one_fault_after_the_other(tmp_path, demo, rows, unbrok
     # Other packs per step would give the steps' numbers another meaning.
     with pytest.raises(policy_lib.RankFailure, match="gradient_accumulation_steps x ranks: 2 then, 1 now"):
         policy_lib.open_run(ctx, config, set(), {"gradient_accumulation_steps x ranks": 1})
+
+
+FREEZES_WHILE_LOADING = """
+import os, signal
+import model as policy_lib, train_sft
+load_policy = policy_lib.load_policy
+def freeze(*arguments, **options):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return load_policy(*arguments, **options)
+policy_lib.load_policy = freeze
+if __name__ == "__main__":
+    policy_lib.run_main(train_sft.main, train_sft.SFTConfig)
+"""
+
+
+def test_a_rank_that_freezes_before_the_first_step_is_named(tmp_path, demo, rows):
+    (tmp_path / "script.py").write_text(FREEZES_WHILE_LOADING)
+    program = Program(tmp_path, flags(demo, rows, tmp_path / "run"), script=tmp_path / "script.py",
+                      PYTHONPATH=str(ROOT))
+    assert program.end(60) != [0]
+    assert re.search(r"rank 0: rank 1 \(host \S+, process \d+\) has not responded for \d+ s \(--heartbeat_timeout 6\), "
+                     r"while starting. This run ends", program.text), program.text[-3000:]
 
 
 TWO_MACHINES_SCRIPT = """
