@@ -20,7 +20,7 @@ Method
   6. Healing: an engine that is dead, silent or out of memory is killed with all its processes, started again on the
      last complete weights, and only the missing samples are drawn again; at most max_restarts times.
   7. Nothing survives the trainer: a guard process beside each engine kills the engine's process group when the trainer
-     or the engine is gone, however it went (kill -9 included).
+     or the engine is gone, however it went (kill -9 included), and when the engine has been stopped for a while.
 
 Left out: weights over NCCL (a broadcast that meets a dead peer hangs without an error; a folder on /dev/shm costs
 seconds and can be looked at), HTTP servers (nothing listens on a port), Ray, sampling during the update (its samples
@@ -51,6 +51,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOG_TAIL_LINES = 30       # lines of the engine's log quoted in an error
+FROZEN_SECONDS = 30       # how long an engine may be stopped (SIGSTOP) before its guard kills it
 KILL_SECONDS = 60         # how long a process may take to disappear after SIGKILL, or after being asked to leave
 PROBE_TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 5e-2}   # by the engine's dtype; see check_probe
 
@@ -575,14 +576,22 @@ def _fork_guard(descriptor: int, trainer_pid: int) -> None:
     PR_SET_PDEATHSIG would do for one process. With tensor parallelism vLLM has children of its own, which outlive a
     killed engine; and a thread inside the engine dies with it. A process descriptor becomes readable when its process
     ends, in whatever way, and cannot be confused by a reused process id.
+
+    An engine that somebody has stopped (SIGSTOP) is killed, too: the deadlines of the trainer would notice it, but that
+    of the start is half an hour. Pauses are counted, not the clock, since a suspended job stops the guard as well.
     """
     engine_pid = os.getpid()
     if os.fork():
         return
     os.close(descriptor)                         # or the trainer would not see the end of file when the engine dies
     try:
-        watched = [os.pidfd_open(engine_pid), os.pidfd_open(trainer_pid)]
-        select.select(watched, [], [])
+        watched, pause, frozen = [os.pidfd_open(engine_pid), os.pidfd_open(trainer_pid)], FROZEN_SECONDS / 6, 0.0
+        while frozen < FROZEN_SECONDS and not select.select(watched, [], [], pause)[0]:
+            state = Path(f"/proc/{engine_pid}/stat").read_text().rpartition(")")[2].split()[0]
+            frozen = frozen + pause if state == "T" else 0.0
+        if frozen >= FROZEN_SECONDS:
+            print(f"guard: the engine has been stopped (SIGSTOP) for {FROZEN_SECONDS} s; killing it", file=sys.stderr,
+                  flush=True)
     finally:                                     # also if one of them was gone before we looked
         os.killpg(0, signal.SIGKILL)
 

@@ -1,5 +1,6 @@
 """rollout.py with real vLLM engines: right log-probs, right weights, and no sample lost when a process dies."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -316,6 +317,27 @@ def test_kill_during_generation_loses_no_sample(engine, models):
     assert engine.restarts == restarts + 1 and engine.pid != old_pid
     assert same_samples(undisturbed, disturbed)
     assert_gone(old_pid)
+
+
+def test_an_engine_stopped_while_it_starts_is_replaced(models, tmp_path, monkeypatch):
+    """Long before start_timeout: its guard sees it. The copy of rollout.py waits 3 s instead of 30."""
+    text = Path(rollout.__file__).read_text()
+    (tmp_path / "impatient.py").write_text(text.replace("FROZEN_SECONDS = 30 ", "FROZEN_SECONDS = 3 "))
+    monkeypatch.syspath_prepend(tmp_path)
+    impatient = importlib.import_module("impatient")
+    assert impatient.FROZEN_SECONDS == 3
+    engine = impatient.Engine(models["a"][0], max_model_len=64, dtype="float32", log_file=tmp_path / "log",
+                              kv_cache_gb=0.1)
+    try:
+        stopped = engine.pid
+        while len(living(stopped)) < 2:                               # until the guard is there
+            time.sleep(0.01)
+        os.kill(stopped, signal.SIGSTOP)
+        assert len(engine.score(PROBE[:8])) == 7 and engine.restarts == 1
+        assert_gone(stopped)
+        assert "the engine has been stopped (SIGSTOP) for 3 s; killing it" in (tmp_path / "log").read_text()
+    finally:
+        engine.close()
 
 
 @pytest.mark.parametrize("how", ["kill", "hang"])
