@@ -367,17 +367,18 @@ def deal(costs, ranks):
     """
     Packs of one optimizer step per rank: equal counts, and packs of nearly equal cost at the same time.
 
-    Sort by cost, give each group of `ranks` neighbours to the ranks, alternating direction so that totals even out too.
-    All ranks wait for the slowest in every micro-batch, so random dealing costs 14-20% (PERF.md 0.7); the gradient is
-    the same. A count that is no multiple of ranks is filled up with -1, an empty pack.
+    Sort by cost, give each group of `ranks` neighbours to the ranks, the largest to the one with least so far, so that
+    totals even out too. All ranks wait for the slowest in every micro-batch, so random dealing costs 14-20% (PERF.md
+    0.7); the gradient is the same. A count that is no multiple of ranks is filled up with -1, an empty pack.
     """
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     order += [-1] * (-len(order) % ranks)
-    hands = [[] for _ in range(ranks)]
-    for turn, start in enumerate(range(0, len(order), ranks)):
-        group = order[start:start + ranks]
-        for rank, index in enumerate(group if turn % 2 == 0 else group[::-1]):
+    hands, load = [[] for _ in range(ranks)], [0.0] * ranks
+    for start in range(0, len(order), ranks):
+        lightest_first = sorted(range(ranks), key=lambda rank: load[rank])
+        for rank, index in zip(lightest_first, order[start:start + ranks], strict=True):
             hands[rank].append(index)
+            load[rank] += costs[index] if index >= 0 else 0.0
     return hands
 
 

@@ -392,16 +392,20 @@ def micro_batches(rows, config, ranks, max_tokens):
     """
     For every rank the list of its micro-batches, each a list of row numbers; the same count on every rank.
 
-    Rows are spread over ranks by cost (matmul + attention), then each rank packs its own, longest packs first. A rank
-    with fewer packs gets empty ones: it must join every collective of FSDP, or all ranks hang.
+    In every micro-batch all ranks wait for the slowest, so all of them, on all ranks, should cost the same (matmul +
+    attention): rows go into bins of nearly equal cost, as few as max_tokens allows, and the bins are dealt in order of
+    cost. To even out each rank's total alone leaves 5% of waiting, this 2% (benchmarks/packing.py). A rank without rows
+    gets empty bins: it must join every collective of FSDP, or all ranks hang.
     """
-    costs = [policy_lib.flops_per_pack(config, [len(row["ids"])]) for row in rows]
-    plan = []
-    for hand in data.balance(costs, ranks):
-        packs = [[hand[i] for i in members] for members in data.pack([len(rows[i]["ids"]) for i in hand], max_tokens)]
-        plan.append(sorted(packs, key=lambda members: -sum(costs[i] for i in members)))
-    longest = max(map(len, plan))
-    return [packs + [[]] * (longest - len(packs)) for packs in plan]
+    sizes = [len(row["ids"]) for row in rows]
+    costs = [policy_lib.flops_per_pack(config, [size]) for size in sizes]
+    turns, fits = math.ceil(sum(sizes) / (max_tokens * ranks)), False
+    while not fits:  # ends: with a bin for every row, none is larger than the longest row
+        bins = data.balance(costs, turns * ranks)
+        fits = all(sum(sizes[i] for i in members) <= max_tokens for members in bins)
+        turns += 1
+    hands = data.deal([sum(costs[i] for i in members) for members in bins], ranks)
+    return [[bins[i] for i in hand] for hand in hands]
 
 
 def collate_rows(rows, members, device):
@@ -505,6 +509,7 @@ class Timer:
 def main(cfg):
     check_config(cfg)
     ctx = policy_lib.setup_distributed(cfg.timeout_minutes, cfg.shard_size)
+    policy_lib.start_heartbeat(ctx, cfg.heartbeat_timeout)
     layout = rollout_lib.engine_layout(ctx.rank, ctx.local_rank, ctx.world_size, ctx.local_world_size,
                                        cfg.tensor_parallel_size)
     output_dir = Path(cfg.output_dir)
@@ -581,12 +586,12 @@ output     {output_dir}""", flush=True)
         raise ValueError(f"nothing to do: {run.checkpoint} has reached step {step} of {total_steps}; raise --max_steps")
     log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, step, cfg.report_to, cfg.logging_steps)
     keep_steps = [int(s) for s in cfg.keep_steps.split(",") if s]
-    policy_lib.start_heartbeat(ctx, cfg.heartbeat_timeout, lambda: f", in step {step + 1}")
     probe_ids = [token for problem in problems[:64] for token in problem.prompt_ids][:min(256, longest)]
     sync = publish(model, engine, ctx, probe_ids, None, step, cfg)  # engines may hold other weights than a resumed run
 
     with policy_lib.stop_on_signal(ctx) as stop_requested:
         while step < total_steps:
+            ctx.doing = f"in step {step + 1}"
             timer, started = Timer(), time.perf_counter()
 
             # ========================================================================== 1.-3. prompts, rollout, rewards

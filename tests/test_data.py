@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import sys
 from collections import Counter
 
 import numpy as np
@@ -289,10 +290,11 @@ def test_demo_splits_are_disjoint_and_answers_are_right():
 
 
 def test_show_prints_the_mask_in_colour(demo):
-    done = run("python", ROOT / "data.py", "--show", "1", "--dataset", "demo", "--model_name_or_path", demo / "base")
+    done = run(sys.executable, ROOT / "data.py", "--show", "1", "--dataset", "demo", "--model_name_or_path",
+               demo / "base")
     assert done.returncode == 0, done.stderr
     green = "".join(part.split("\033[0m")[0] for part in done.stdout.split("\033[32m")[1:])
     assert green == data.demo_rows("train")[0]["generation"].removeprefix("<think>\n") + "<|end|>"
-    done = run("python", ROOT / "data.py", "--show", "1", "--dataset", "absent.jsonl",
+    done = run(sys.executable, ROOT / "data.py", "--show", "1", "--dataset", "absent.jsonl",
                "--model_name_or_path", demo / "base")
     assert done.returncode == 1 and done.stderr.strip() == "data.py: data set absent.jsonl does not exist"
