@@ -6,8 +6,7 @@ B4: packed attention costs the sum of squared document lengths, not the square o
 model.packed_attention forward and backward on one pack of 8,192 tokens: as one document, as eight of 1,024, and with
 the document lengths of a stage 1 pack scaled to it. The FLOPs say 1, 1/8, and sum l^2 / T^2. The third column is what
 a mask over the full square costs (SDPA with a block-diagonal mask, which is what position ids alone lead to without
-flash attention). Interleaved repeats; CPU seconds of one thread,
-which others on the machine do not change.
+flash attention). Interleaved repeats; CPU seconds of one thread, which others on the machine do not change.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """
 Break training runs on purpose, at random moments, and count what survives.
 
-    python benchmarks/fault_drill.py --sft_rounds 12 --grpo_rounds 3 --seed 0
+    python benchmarks/fault_drill.py --sft_rounds 24 --grpo_rounds 18 --seed 0
 
     1. reference    one undisturbed run of each trainer: two torchrun ranks, the demo's tiny model, real vLLM for GRPO
     2. round        the same run again; a fault strikes at a random moment (during start-up, or a random while after a
@@ -259,19 +259,23 @@ def complete(job):
 
 
 def wait_for_moment(job, rng, first_step, startup):
-    """Sleep until a random moment: one time in four during start-up, else a random while after a random step."""
+    """
+    Sleep until a random moment: one time in four during start-up, else a random while after a random step.
+
+    A step in the first half of what is left, so that the round's later faults meet a run, too.
+    """
     if rng.random() < 0.25:
         time.sleep(rng.uniform(0, startup))
         return
-    step, deadline = rng.randint(first_step, job.steps), time.monotonic() + ATTEMPT_SECONDS
+    step, deadline = rng.randint(first_step, (first_step + job.steps) // 2), time.monotonic() + ATTEMPT_SECONDS
     while job.last_step() < step and job.process.poll() is None and time.monotonic() < deadline:
         job.children("rank")
         time.sleep(0.05)
     time.sleep(rng.uniform(0, 1.5))
 
 
-def play_round(stage, number, args, rng, reference, startup, work):
-    """One round; returns a list of dicts, one per fault: kind, struck, survived, lost, equal, note."""
+def play_round(stage, number, first, args, rng, reference, startup, work):
+    """One round, from card `first` of the stage's deck on; returns a list of dicts, one per fault that struck."""
     disk = work / f"{stage}-{number}"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)],
@@ -286,10 +290,10 @@ def play_round(stage, number, args, rng, reference, startup, work):
             break
         job.start(attempt, resume=bool(steps))
         attempt += 1
-        fault = None
+        fault, struck = None, False
         if len(faults) < args.faults_per_round:
             wait_for_moment(job, rng, steps[-1] if steps else 0, startup)
-            kind = kinds[(number * args.faults_per_round + len(faults)) % len(kinds)]
+            kind = kinds[(first + len(faults)) % len(kinds)]
             while job.process.poll() is None and not (struck := FAULTS[stage][kind](job, rng)):
                 time.sleep(0.2)  # not possible yet: no rank, no checkpoint, no engine
             if job.process.poll() is None or struck:
@@ -337,11 +341,11 @@ def table(faults):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sft_rounds", type=int, default=12)
-    parser.add_argument("--grpo_rounds", type=int, default=3)
+    parser.add_argument("--sft_rounds", type=int, default=24)
+    parser.add_argument("--grpo_rounds", type=int, default=18)
     parser.add_argument("--faults_per_round", type=int, default=3, help="struck one after the other on the same run")
-    parser.add_argument("--sft_steps", type=int, default=10)
-    parser.add_argument("--grpo_steps", type=int, default=3)
+    parser.add_argument("--sft_steps", type=int, default=40)
+    parser.add_argument("--grpo_steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=0, help="start no new round after so many; 0: play all")
     parser.add_argument("--work", default="", help="folder for runs and logs; default: a new one in /tmp, kept")
@@ -378,7 +382,8 @@ def main():
         if args.minutes and time.monotonic() - started > 60 * args.minutes:
             break
         rng = random.Random(f"{args.seed}/{stage}/{number}")
-        played = play_round(stage, number, args, rng, references[stage], startup[stage], work)
+        first = sum(fault["stage"] == stage for fault in faults)
+        played = play_round(stage, number, first, args, rng, references[stage], startup[stage], work)
         faults, done = faults + played, done + 1
         elapsed = time.monotonic() - started
         kinds = ", ".join(f["kind"] for f in played)

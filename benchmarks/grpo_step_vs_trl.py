@@ -41,8 +41,7 @@ def reload_from_folder(self):
     """
     from safetensors.torch import save_file
 
-    self.version = getattr(self, "version", 0) + 1
-    with tempfile.TemporaryDirectory(prefix=f"bench-trl-{self.version}-", dir="/dev/shm") as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-trl-", dir="/dev/shm") as folder:
         weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters()}
         save_file(weights, Path(folder, "model.safetensors"), metadata={"format": "pt"})
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
@@ -59,7 +58,7 @@ def worker(args):
         from trl.generation import vllm_generation
 
         # TRL does not pass enforce_eager on; ours sets it on CPU, where compiling costs more than it gains
-        vllm_generation.LLM = partial(vllm_generation.LLM, enforce_eager=True)
+        vllm_generation.LLM = partial(vllm_generation.LLM, enforce_eager=True, dtype="float32")
         vllm_generation.VLLMGeneration.sync_weights = reload_from_folder
         update.LONGEST = LIMIT
         ends, rows, _ = update.run_trl(

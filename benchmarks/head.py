@@ -7,15 +7,16 @@ Rows of logits dominate: hidden size 64 keeps the matmul small enough for two co
 --chunk is the product's 2,048 of 24,000 tokens, scaled to --tokens. Arms, each in a process of its own: plain (logits,
 fp32 log-softmax, gather; what transformers does), chunked (model.token_logprobs, log-probs and entropy), torch's
 F.linear_cross_entropy (loss only, no entropy), and TRL 1.16's fused head (log-probs and entropy) in its environment.
-Seconds are CPU seconds of one thread, which others on the machine do not change. Memory is the growth of the resident
-peak over the step; on the GPU see G4 of h200.py.
+Seconds are CPU seconds of one thread, which others on the machine do not change; those spent in the kernel stand apart:
+malloc gives a chunk's 100 MB back to the system after each use and faults every page in again, which a GPU's caching
+allocator does not. Memory is the growth of the resident peak over the step; on the GPU see G4 of h200.py.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import sys
-import time
 
 import report
 
@@ -63,11 +64,13 @@ def worker(arm, tokens, vocabulary, hidden_size, chunk):
     step(hidden[:8], targets[:8]).backward()  # imports, thread pools
     hidden.grad = weight.grad = None
     before = report.peak_memory_gb(reset=True)
-    started = time.process_time()
+    started = resource.getrusage(resource.RUSAGE_SELF)
     value = step(hidden, targets)
     value.backward()
-    seconds = time.process_time() - started
-    print(json.dumps({"seconds": seconds, "peak_gb": report.peak_memory_gb() - before,
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    user, kernel = used.ru_utime - started.ru_utime, used.ru_stime - started.ru_stime
+    print(json.dumps({"seconds": user + kernel, "user": user, "kernel": kernel,
+                      "peak_gb": report.peak_memory_gb() - before,
                       "value": float(value), "grad": float(weight.grad.norm())}))
 
 
@@ -92,10 +95,13 @@ def main():
                                        "--vocabulary", args.vocabulary, "--hidden_size", args.hidden_size))
             print(arm, measured[arm][-1], file=sys.stderr, flush=True)
     seconds = {arm: statistics.median(m["seconds"] for m in runs) for arm, runs in measured.items()}
+    user = {arm: statistics.median(m["user"] for m in runs) for arm, runs in measured.items()}
     peak = {arm: statistics.median(m["peak_gb"] for m in runs) for arm, runs in measured.items()}
     rows = [{"arm": arm, "peak GB": round(peak[arm], 3), "peak / plain": round(peak[arm] / peak["plain"], 3),
              "CPU s": report.spread([m["seconds"] for m in runs]),
+             "of it kernel": report.spread([m["kernel"] for m in runs]),
              "time / plain": round(seconds[arm] / seconds["plain"], 3),
+             "without kernel": round(user[arm] / user["plain"], 3),
              "value": round(runs[0]["value"], 2), "grad norm": round(runs[0]["grad"], 4)}
             for arm, runs in measured.items()]
     report.finish(f"head, {args.tokens:,} tokens x {args.vocabulary:,}, chunk {args.chunk}", rows,

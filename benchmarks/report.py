@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -118,9 +119,34 @@ def now():
     return time.perf_counter(), time.process_time()
 
 
+def status_gb(field):
+    """A memory field of /proc/self/status in GB: VmHWM is the resident peak, RssAnon what is anonymous now."""
+    return int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024 / 1e9
+
+
 def peak_memory_gb(reset=False):
     """Peak resident memory of this process in GB; reset=True starts a new peak from what is resident now."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s*(\d+)", status).group(1)) * 1024 / 1e9
+    return status_gb("VmHWM")
+
+
+class PeakAnonymous:
+    """with PeakAnonymous() as peak: ...; peak.gb: most anonymous memory at any sample, above what there was before.
+
+    Resident pages of mapped and shared-memory files are left out: the kernel may drop them, and they are the file's.
+    """
+
+    def __enter__(self):
+        self.done, self.gb, self.before = threading.Event(), 0.0, status_gb("RssAnon")
+        self.thread = threading.Thread(target=self.sample, daemon=True)
+        self.thread.start()
+        return self
+
+    def sample(self):
+        while not self.done.wait(0.002):
+            self.gb = max(self.gb, status_gb("RssAnon") - self.before)
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.thread.join()
