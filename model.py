@@ -184,6 +184,14 @@ def start_heartbeat(ctx, deadline):
 
     launcher, rounds = os.getppid(), [0]  # rounds: beats of this rank that the store has taken
 
+    def end(what, seconds, kill):
+        print(f"rank {ctx.rank}: {what} for {seconds:.0f} s (--heartbeat_timeout {deadline:.0f}), {ctx.doing}. "
+              "This run ends; start it again with --resume", file=sys.stderr, flush=True)
+        if kill:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(kill, signal.SIGKILL)
+        os._exit(75)
+
     def beat():
         seen, last_round = {}, time.monotonic()
         while True:
@@ -203,13 +211,7 @@ def start_heartbeat(ctx, deadline):
                         if store.check([f"who/{rank}"]):
                             where_from, host, pid = json.loads(store.get(f"who/{rank}"))
                         who = f"host {host}, process {pid}" if pid else "not started yet"
-                        print(f"rank {ctx.rank}: rank {rank} ({who}) has not responded for {now - since:.0f} s "
-                              f"(--heartbeat_timeout {deadline:.0f}), {ctx.doing}. This run ends; "
-                              "start it again with --resume", file=sys.stderr, flush=True)
-                        if where_from == machine:
-                            with contextlib.suppress(ProcessLookupError):
-                                os.kill(pid, signal.SIGKILL)
-                        os._exit(75)
+                        end(f"rank {rank} ({who}) has not responded", now - since, where_from == machine and pid)
             except (dist.DistError, RuntimeError):
                 stop.set()
                 return  # the store is gone: torchrun is ending the run, and says so itself
@@ -225,12 +227,10 @@ def start_heartbeat(ctx, deadline):
             silent = silent + pause if rounds[0] == seen else 0.0
             seen = rounds[0]
             if silent > deadline:
-                print(f"rank {ctx.rank}: torchrun's store at {os.environ['MASTER_ADDR']} has not answered for "
-                      f"{silent:.0f} s (--heartbeat_timeout {deadline:.0f}), {ctx.doing}: that machine or the network "
-                      "is down. This run ends; start it again with --resume", file=sys.stderr, flush=True)
-                if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == launcher:
-                    os.kill(launcher, signal.SIGKILL)  # our torchrun hangs in the same read, deaf to SIGTERM
-                os._exit(75)
+                # our torchrun hangs in the same read, deaf to SIGTERM
+                ours = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == launcher
+                end(f"torchrun's store at {os.environ['MASTER_ADDR']} (that machine, or the network to it) has not "
+                    "answered", silent, ours and launcher)
 
     stop = threading.Event()
     thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
@@ -245,6 +245,22 @@ def shutdown_distributed(ctx):
         dist.barrier(group=ctx.control)
         ctx.stop_heartbeat()
     dist.destroy_process_group()
+
+
+def leave(status):
+    """
+    End this process at once; the last line of every program that has a process group.
+
+    Not through the interpreter's shutdown. After a failure that would wait for collectives that other ranks will never
+    join. After a success it can abort: a thread of gloo that lets go of a collective's tensor needs the interpreter for
+    that, and one that asks while the interpreter ends is unwound through a destructor ("terminate called without an
+    active exception", one run in ten of two CPU ranks, torch 2.13); a finished run would count as failed.
+    """
+    if status == 0:
+        atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1101,14 +1117,7 @@ def run_main(main, config_class):
         if first:
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         status = {Stopped: 128 + signal.SIGTERM, KeyboardInterrupt: 128 + signal.SIGINT}.get(type(error), 1)
-    # Not through the interpreter's shutdown: after a failure it would wait for collectives that other ranks will never
-    # join; after a success gloo's threads can outlive it and abort ("terminate called without an active exception", one
-    # run in ten of two CPU ranks, torch 2.13), and a finished run would count as failed.
-    if status == 0:
-        atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    leave(status)
 
 
 class RunLog:

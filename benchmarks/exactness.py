@@ -96,6 +96,7 @@ def worker(folder, ranks):
         if wanted == ranks:
             run_case(folder, case, ctx)
     policy_lib.shutdown_distributed(ctx)
+    policy_lib.leave(0)
 
 
 def neighbour_moves_nothing(folder):

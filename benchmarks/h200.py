@@ -524,7 +524,7 @@ def main():
     if os.environ.get("OUT"):
         Path(os.environ["OUT"], "h200.json").write_text(json.dumps({"rows": case.rows, "failed": failed, **case.facts}))
     policy_lib.shutdown_distributed(case.ctx)
-    raise SystemExit(1 if failed else 0)
+    policy_lib.leave(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ MUTANTS = [  # what, file, the line's text, what it becomes, test file
     ("gathered copies saved", "model.py", "            module.reshard()\n", "            pass\n", MODEL),
     ("gradients averaged over ranks", "model.py", "unit.set_gradient_divide_factor(1.0)", "pass", MODEL),
     ("checksums not compared", "model.py", "if file_crc32(folder / name) != crc:", "if False:", MODEL),
+    ("out through the interpreter", "model.py", "    os._exit(status)\n", "    sys.exit(status)\n", MODEL),
     ("targets cross a border", "data.py", "np.append(d[1:], 0) for d, _ in documents",
      "np.append(d[1:], d[0]) for d, _ in documents", DATA),
     ("end of turn not trained", "data.py", "len(prompt_ids) + len(answer_ids) + trained] = 1",

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -299,6 +300,7 @@ policy_lib.save_hf(model, {out!r} + str(ctx.world_size), ctx, torch.float32)
 if ctx.rank == 0:
     torch.save({{"loss": total, "grads": grads, "largest": largest,
                  "total": sum(p.numel() for p in model.parameters())}}, {out!r} + str(ctx.world_size) + ".pt")
+policy_lib.leave(0)
 """
 
 
@@ -320,6 +322,25 @@ def test_two_ranks_equal_one(arch, tie, tmp_path):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"world{n}")
         assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in reference.state_dict().items())
     assert len(list((tmp_path / "world2").glob("*.safetensors"))) == 2
+
+
+LAST_COLLECTIVES = """
+import torch
+import model as policy_lib
+ctx = policy_lib.setup_distributed(2)
+for _ in range(200):  # gloo's threads still hold their tensors when the program ends
+    torch.distributed.all_gather([torch.empty(10)], torch.ones(10), group=ctx.control, async_op=True)
+policy_lib.shutdown_distributed(ctx)
+policy_lib.leave(0)
+"""
+
+
+def test_a_finished_run_ends_with_status_0():
+    command = [sys.executable, "-c", LAST_COLLECTIVES]
+    runs = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for done in runs:
+        _, errors = done.communicate(timeout=120)
+        assert done.returncode == 0, errors[-3000:]
 
 
 def test_damaged_checkpoints_are_seen(tmp_path, ctx):
