@@ -87,10 +87,10 @@ def setup_distributed(timeout_minutes=30.0, shard_size=0):
         device, backend = torch.device("cpu"), "gloo"
         # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle; without a cap, ranks fight for all of them.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    store = next(dist.rendezvous("env://", timeout=timeout))[0] if "RANK" in os.environ else dist.HashStore()
+    roll_call(store, rank, world_size, timeout.total_seconds())
+    dist.init_process_group(backend, timeout=timeout, store=dist.PrefixStore("default_pg", store), rank=rank,
+                            world_size=world_size)
     if shard_size and shard_size < world_size:
         shape, names = (world_size // shard_size, shard_size), ("replicate", "shard")
     else:
@@ -113,6 +113,31 @@ def check_store():
         except OSError as error:
             raise ConnectionError(f"torchrun's store at {address[0]}:{address[1]} does not answer ({error}): torchrun "
                                   "has ended, or a firewall is between; start the run again") from error
+
+
+def roll_call(store, rank, world_size, timeout, notice=60.0):
+    """
+    Wait until every rank has come this far; each `notice` seconds the first that has says which have not.
+
+    The process group would wait for them without a word: a rank frozen in its imports (a dead network disk, SIGSTOP)
+    has no heartbeat yet. Raises RankFailure with their numbers after `timeout` seconds.
+    """
+    names = [f"here/{r}" for r in range(world_size)]
+    store.set(names[rank], "")
+    started, next_notice = time.monotonic(), notice
+    while not store.check(names):
+        waited = time.monotonic() - started
+        if waited > min(next_notice, timeout):
+            present = [r for r in range(world_size) if store.check([names[r]])]
+            missing = sorted(set(range(world_size)) - set(present))
+            if missing and waited > timeout:
+                raise RankFailure(f"rank {rank} has waited {waited:.0f} s (--timeout_minutes {timeout / 60:g}) for "
+                                  f"ranks {missing} to start: look at their machines, then start the run again")
+            if missing and rank == present[0]:
+                print(f"rank {rank}: ranks {missing} have not started after {waited:.0f} s; waiting", file=sys.stderr,
+                      flush=True)
+            next_notice += notice
+        time.sleep(0.1)
 
 
 def gather_objects(ctx, value):

@@ -249,6 +249,19 @@ def test_a_rank_that_freezes_before_the_first_step_is_named(tmp_path, demo, rows
                      r"while starting. This run ends", program.text), program.text[-3000:]
 
 
+def test_ranks_that_do_not_start_are_named(capsys):
+    store = torch.distributed.HashStore()
+    with pytest.raises(policy_lib.RankFailure, match=r"rank 1 has waited \d+ s \(--timeout_minutes 0.01\) for ranks "
+                                                     r"\[0, 2\] to start"):
+        policy_lib.roll_call(store, 1, 3, 0.6, notice=0.1)
+    assert "rank 1: ranks [0, 2] have not started after 0 s; waiting" in capsys.readouterr().err
+    late = threading.Thread(target=policy_lib.roll_call, args=(store, 2, 3, 30))
+    late.start()
+    policy_lib.roll_call(store, 0, 3, 30)
+    late.join(30)
+    assert not late.is_alive()
+
+
 TWO_MACHINES_SCRIPT = """
 import hashlib, sys, torch
 from pathlib import Path
