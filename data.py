@@ -181,7 +181,7 @@ SYSTEM_PROMPTS = {
     "sft": SFT_SYSTEM_PROMPT, "grpo": GRPO_SYSTEM_PROMPT, "open_rs": OPEN_RS_SYSTEM_PROMPT, "none": "",
     "open_rs3": OPEN_RS_SYSTEM_PROMPT + " Note that respond by English, NOT use other languages.",
 }
-# The open-r1 role markers stage 1 of Fast-Math-R1 trained with (RECIPES 2): ordinary text, no <think> to start from.
+# The open-r1 role markers stage 1 of Fast-Math-R1 trained with: ordinary text, no <think> to start from.
 OPEN_R1_ROLES = ("{% for message in messages %}"
                  "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
                  "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
@@ -368,8 +368,9 @@ def deal(costs, ranks):
     Packs of one optimizer step per rank: equal counts, and packs of nearly equal cost at the same time.
 
     Sort by cost, give each group of `ranks` neighbours to the ranks, the largest to the one with least so far, so that
-    totals even out too. All ranks wait for the slowest in every micro-batch, so random dealing costs 14-20% (PERF.md
-    0.7); the gradient is the same. A count that is no multiple of ranks is filled up with -1, an empty pack.
+    totals even out too. All ranks wait for the slowest in every micro-batch, so random dealing costs 11%
+    (benchmarks/packing.py); the gradient is the same. A count that is no multiple of ranks is filled up with -1, an
+    empty pack.
     """
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     order += [-1] * (-len(order) % ranks)
@@ -516,7 +517,7 @@ def make_packs(documents, capacity, packing="best_fit"):
     Packs as lists of (document, start, end): whole documents (best_fit), or the originals' concat_cut.
 
     concat_cut joins all documents end to end and cuts every `capacity` tokens, through documents: such a pack is one
-    attention span, as in TRL 0.15 (RECIPES 7, oddity 13).
+    attention span, as in TRL 0.15, which the recipe ran.
     """
     if packing == "best_fit":
         packs = pack([len(d) for d in documents], capacity)
@@ -609,7 +610,7 @@ def write_demo(output, seed=0):
     The demo's starting point in `output`: base/ (random weights and a tokenizer) and train, rl, test .jsonl files.
 
     The tokenizer is Qwen2's (bytes, digits apart) trained on the training text. initializer_range 0.06 instead of 0.02
-    is the biggest single lever for a model of this size: it learns to copy within a few hundred steps (DEMO.md).
+    is the biggest single lever for a model of this size: it learns to copy within a few hundred steps.
     """
     import torch
     import transformers
@@ -645,7 +646,7 @@ def write_demo(output, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. Decontamination: no training problem may be a benchmark's
 # ---------------------------------------------------------------------------------------------------------------------
-# name: hub id (and config), split (RECIPES 5.7). AMC23 means 40 problems here; the 83 of "AMC22+23" are another set.
+# name: hub id (and config), split. AMC23 means 40 problems here; the 83 of "AMC22+23" are another set.
 BENCHMARKS = {
     "aime24": ("HuggingFaceH4/aime_2024", "train"),
     "aime25": ("yentinglin/aime_2025", "train"),
@@ -660,7 +661,7 @@ LATEX_LAYOUT = re.compile(
     r"|\\[,;:! ()\[\]]|[$~]")
 
 # The stock ending of contest problems, "... m/n, where m and n are relatively prime positive integers. Find m+n.", is
-# shared by problems that share nothing else: AIME 1983-2023 against the benchmarks of RECIPES 6.7 has 209 runs of 13
+# shared by problems that share nothing else: AIME 1983-2023 against the benchmarks above has 209 runs of 13
 # words in common, 16 once a run needs three words that are not of this kind; none of the others is a copy.
 STOCK_WORDS = frozenset(
     "can be written expressed in as the form frac sqrt m n p q a b c d r s k where and are relatively prime coprime "
@@ -912,7 +913,7 @@ def reject(part, example):
 
 
 def recipe_parts(args):
-    """The parts of a recipe, in the order in which the first copy of a problem wins (RECIPES 1 and 5.1)."""
+    """The parts of a recipe, in the order in which the first copy of a problem wins."""
     if args.recipe == "fast_math_r1_sft":
         return [
             Part("openr1_long", args.openr1_math, read_generations, accuracy=(args.a_min_accuracy, 1.0), ends="(]",
@@ -1163,7 +1164,7 @@ def print_report(output, report):
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 def show_rows(args):
-    """Print rows as the trainer sees them: trained tokens green, the rest grey, one bar between tokens."""
+    """Print rows as a trainer with these flags sees them: trained tokens green, the rest grey."""
     from model import load_tokenizer
 
     tokenizer = load_tokenizer(args.model_name_or_path)
@@ -1191,7 +1192,8 @@ def show_parser():
     import argparse
 
     parser = argparse.ArgumentParser(
-        prog="data.py", allow_abbrev=False, description="Print rows as the trainer sees them, trained tokens in green. "
+        prog="data.py", allow_abbrev=False,
+        description="Print rows as a trainer with these flags sees them, trained tokens in green. "
         "`data.py build --help` tells about building the recipes' data sets.")
     parser.add_argument("--show", type=int, default=3, help="number of rows to print")
     parser.add_argument("--dataset", default="demo", help="hub id, .json, .jsonl, .parquet, saved folder, or demo")
@@ -1227,7 +1229,7 @@ def build_parser():
     sources("--open_deepscaler", default="knoveleng/open-deepscaler", help="for --open_rs2_from parts")
     sources("--deepscaler", default="agentica-org/DeepScaleR-Preview-Dataset", help="for --open_rs2_from parts")
 
-    # What the papers leave open (RECIPES 1).
+    # What the papers leave open.
     choice = parser.add_argument_group("what the papers leave open").add_argument
     choice("--correctness", default="either", choices=("either", "math_verify"),
            help="a generation is correct by math-verify or by the Llama judge, or by math-verify alone")

@@ -498,8 +498,6 @@ def draw_missing(cfg, layout, model_path, problems, folder):
                     "text": tokenizer.decode(completion.token_ids, skip_special_tokens=True)}) + "\n")
                 file.flush()
                 bar.update()
-                completion.token_ids.clear()     # the engine's handle keeps every group until the end: gigabytes
-                completion.logprobs.clear()
     finally:
         engine.close()
 
@@ -666,19 +664,12 @@ def model_list(cfg):
 
 def check_config(cfg):
     """Refuse impossible values before anything starts: flag, value, reason, remedy. Raises ValueError."""
-    for flag, allowed in (("prompt_style", PROMPT_STYLES), ("answer_scope", ("full", "before_think_end"))):
-        if getattr(cfg, flag) not in allowed:
-            raise ValueError(f"--{flag} {getattr(cfg, flag)!r}: choose one of {', '.join(allowed)}")
-    for flag in ("num_samples", "tensor_parallel_size", "max_num_seqs", "wait_minutes", "engine_start_timeout",
-                 "engine_stall_timeout", "top_p", "gpu_memory_utilization"):
-        if not getattr(cfg, flag) > 0:
-            raise ValueError(f"--{flag} {getattr(cfg, flag)} must be above 0")
-    for flag in ("temperature", "min_p", "limit", "kv_cache_gb", "max_engine_restarts"):
-        if not getattr(cfg, flag) >= 0:
-            raise ValueError(f"--{flag} {getattr(cfg, flag)} must not be negative")
-    for flag in ("top_p", "min_p", "gpu_memory_utilization"):
-        if getattr(cfg, flag) > 1:
-            raise ValueError(f"--{flag} {getattr(cfg, flag)} is a share: at most 1")
+    policy_lib.check_flags(
+        cfg, choices={"prompt_style": PROMPT_STYLES, "answer_scope": ("full", "before_think_end")},
+        above_0=("num_samples", "tensor_parallel_size", "max_num_seqs", "wait_minutes", "engine_start_timeout",
+                 "engine_stall_timeout", "top_p", "gpu_memory_utilization"),
+        not_negative=("temperature", "limit", "kv_cache_gb", "max_engine_restarts"),
+        shares=("top_p", "min_p", "gpu_memory_utilization"))
     if cfg.temperature == 0 and cfg.num_samples > 1:
         raise ValueError(f"--temperature 0 gives the same answer {cfg.num_samples} times; use --num_samples 1")
     if cfg.compare and len(model_list(cfg)) < 2:

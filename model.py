@@ -55,8 +55,8 @@ class Dist:
     device: torch.device
     mesh: object  # 1-D ("shard",), or 2-D ("replicate", "shard") when shard_size < world_size
     control: object  # gloo group: error agreement, gathered Python objects; never waits on a CUDA stream
-    timeout: float  # seconds that any collective may wait
     doing: str = "while starting"  # for the heartbeat's message; the trainers keep it up to date
+    stop_heartbeat: object = None  # a function once the heartbeat runs
 
     @property
     def is_main(self):
@@ -97,7 +97,7 @@ def setup_distributed(timeout_minutes=30.0, shard_size=0):
         shape, names = (world_size,), ("shard",)
     mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
     control = dist.new_group(backend="gloo", timeout=timeout)
-    return Dist(rank, world_size, local_rank, local_world, device, mesh, control, timeout.total_seconds())
+    return Dist(rank, world_size, local_rank, local_world, device, mesh, control)
 
 
 def check_store():
@@ -266,7 +266,7 @@ def start_heartbeat(ctx, deadline):
 
 def shutdown_distributed(ctx):
     """Leave the process group; call at the end of a run that succeeded."""
-    if hasattr(ctx, "stop_heartbeat"):
+    if ctx.stop_heartbeat:
         dist.barrier(group=ctx.control)
         ctx.stop_heartbeat()
     dist.destroy_process_group()
@@ -387,7 +387,7 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, chunk_size=2048):
 
     hidden (T, h); weight (V, h); targets (T,) int64. Returns logprobs (T,), entropy (T,), both at least fp32; entropy
     carries no gradient. temperature divides the logits, as the sampler does: without it the ratio of a policy sampled
-    at T != 1 starts away from 1 (RECIPES 7, oddity 22).
+    at T != 1 starts away from 1.
     """
     return ChunkedLogprobs.apply(hidden, weight, targets, temperature, chunk_size)
 
@@ -420,10 +420,11 @@ def head_forward(self, hidden, targets, temperature, chunk_size):
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Build and load
 # ---------------------------------------------------------------------------------------------------------------------
-def model_folder(path, ctx=None):
+def model_folder(path, ctx=None, weights=True):
     """
     A local folder with config.json and safetensors, from a local path or a hub id (rank 0 of each machine downloads).
 
+    weights=False leaves the safetensors of a hub id where they are: a tokenizer or a plan needs none of the gigabytes.
     Raises FileNotFoundError naming the path when it is neither.
     """
     local = Path(path)
@@ -435,7 +436,7 @@ def model_folder(path, ctx=None):
         raise FileNotFoundError(f"model {path!r} is no local folder and no hub id of the form owner/name")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
     fetch = partial(snapshot_download, str(path), allow_patterns=patterns)
     if ctx is None:
         return Path(fetch())
@@ -616,16 +617,16 @@ def load_weights(model, folder, ctx):
                 raise ValueError(f"{files[name]} is corrupt ({error}); download or export it again") from error
 
 
-def load_config(path, trust_remote_code=False):
+def load_config(path):
     """The model's config.json as transformers reads it; one clear ValueError for a file that is no model config."""
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  (each field's check raises types of its own; the cause is chained)
         raise ValueError(f"{path}/config.json is not a model config that transformers can read: "
                          f"{' '.join(str(error).split())[:300]}") from error
-    if type(config) not in transformers.AutoModelForCausalLM._model_mapping and not trust_remote_code:
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise ValueError(f"{path}: model type {config.model_type} is no causal language model of transformers")
     return config
 
@@ -645,7 +646,7 @@ def load_policy(path, ctx, **build_options):
 TOKENIZER_PROBE = "x_{12}=3.75, so  \\frac{a}{b} >= 1024?\n\n<think>\nI'd say \\boxed{7}.</think> \u03c0\u221a"
 
 
-def load_tokenizer(path, ctx=None):
+def load_tokenizer(path):
     """
     The tokenizer of a model folder or hub id; ValueError in one line when there is none.
 
@@ -656,7 +657,7 @@ def load_tokenizer(path, ctx=None):
     import tokenizers
     import transformers
 
-    folder = model_folder(path, ctx)
+    folder = model_folder(path, weights=False)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         if (folder / "tokenizer.json").is_file():
@@ -837,7 +838,7 @@ def save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step, trainer_
             raise reason from error
         free = shutil.disk_usage(temporary).free / 1e9
         earlier = checkpoint_steps(output_dir) or "none"
-        raise RankFailure(f"saving {folder} failed ({type(reason).__name__}: {str(reason).splitlines()[0]}); "
+        raise RankFailure(f"saving {folder} failed ({type(reason).__name__}: {str(reason).split(chr(10))[0]}); "
                           f"{free:.2f} GB are free on the disk of --output_dir. "
                           f"Earlier checkpoints are untouched: {earlier}") from error
     with together(ctx, f"checksumming {folder}"):
@@ -1058,7 +1059,7 @@ def peak_memory_gb(device):
 
 def estimated_memory_gb(config, ctx, tokens, activation_checkpointing, head_chunk_size, reference=False):
     """
-    Rough memory per rank in GB of a training step on a pack of `tokens` (PERF.md 3c): printed before anything starts.
+    Rough memory per rank in GB of a training step on a pack of `tokens`: printed before anything starts.
 
     fp32 weights, gradients and two AdamW moments, sharded; gathered layers; saved block inputs; one block's
     recomputation; one chunk of logits with its fp32 copy and gradient.
@@ -1066,7 +1067,7 @@ def estimated_memory_gb(config, ctx, tokens, activation_checkpointing, head_chun
     bytes_compute = 2 if ctx.device.type == "cuda" else 4
     shards = ctx.mesh.size(ctx.mesh.ndim - 1)
     embedding = config.vocab_size * config.hidden_size
-    params = matmul_params(config) + (0 if config.tie_word_embeddings else embedding)
+    params = parameter_count(config)
     block = (matmul_params(config) - embedding) / config.num_hidden_layers
     per_layer = tokens * config.hidden_size * bytes_compute
     one_block = tokens * (6 * config.hidden_size + 3 * config.intermediate_size) * bytes_compute
@@ -1082,29 +1083,52 @@ def parameter_count(config):
     return matmul_params(config) + (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
 
 
-def check_common_flags(cfg):
-    """Refuse impossible values of the flags that both trainers share; raises ValueError with flag, value and remedy."""
-    check_tracker(cfg.report_to)
+def check_flags(cfg, choices=None, above_0=(), not_negative=(), shares=()):
+    """Refuse impossible values: choices {flag: allowed}, names of numbers. Raises ValueError: flag, value, remedy."""
+    for flag, allowed in (choices or {}).items():
+        if getattr(cfg, flag) not in allowed:
+            raise ValueError(f"--{flag} {getattr(cfg, flag)!r}: choose one of {', '.join(allowed)}")
     for flag, value in vars(cfg).items():
         if isinstance(value, float) and not math.isfinite(value):  # nan passes every comparison that refuses
             raise ValueError(f"--{flag} {value}: choose a finite number")
-    choices = {
-        "activation_checkpointing": ("none", "full", "selective"), "save_dtype": ("bfloat16", "float32"),
-        "lr_scheduler_type": ("cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup"),
-    }
-    for flag, allowed in choices.items():
-        if getattr(cfg, flag) not in allowed:
-            raise ValueError(f"--{flag} {getattr(cfg, flag)!r}: choose one of {', '.join(allowed)}")
-    for flag in ("learning_rate", "logging_steps", "eval_steps", "head_chunk_size", "timeout_minutes",
-                 "heartbeat_timeout"):
-        if not getattr(cfg, flag) > 0:
+    for flag in above_0:
+        if getattr(cfg, flag) <= 0:
             raise ValueError(f"--{flag} {getattr(cfg, flag)} must be above 0")
-    for flag in ("warmup_ratio", "min_lr_rate"):
+    for flag in not_negative:
+        if getattr(cfg, flag) < 0:
+            raise ValueError(f"--{flag} {getattr(cfg, flag)} must not be negative")
+    for flag in shares:
         if not 0 <= getattr(cfg, flag) <= 1:
             raise ValueError(f"--{flag} {getattr(cfg, flag)} is a share: choose a number from 0 to 1")
+
+
+def check_common_flags(cfg):
+    """check_flags of the flags that both trainers share."""
+    check_tracker(cfg.report_to)
+    check_flags(
+        cfg,
+        choices={"activation_checkpointing": ("none", "full", "selective"), "save_dtype": ("bfloat16", "float32"),
+                 "lr_scheduler_type": ("cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup")},
+        above_0=("learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "head_chunk_size",
+                 "timeout_minutes", "heartbeat_timeout"),
+        not_negative=("max_grad_norm", "weight_decay", "save_steps", "save_total_limit", "shard_size"),
+        shares=("warmup_ratio", "min_lr_rate", "adam_beta1", "adam_beta2", "max_malformed"))
+    for flag in ("adam_beta1", "adam_beta2"):
+        if getattr(cfg, flag) == 1:
+            raise ValueError(f"--{flag} {getattr(cfg, flag)} would never let go of the first gradient; "
+                             "choose a number below 1")
     if not all(step.strip().isdigit() for step in cfg.keep_steps.split(",") if step):
         raise ValueError(f"--keep_steps {cfg.keep_steps!r} must be step numbers with commas between them, "
                          "such as 350,400")
+
+
+def schedule_horizon(cfg, total_steps):
+    """The step at which the schedule ends, --lr_horizon or the last step; ValueError where it would end too early."""
+    horizon = cfg.lr_horizon if cfg.lr_horizon > 0 else total_steps
+    if horizon < total_steps and not cfg.lr_scheduler_type.startswith("constant"):
+        raise ValueError(f"--lr_horizon {horizon} is below the {total_steps} steps to train: after it a cosine rises "
+                         "again and a line stays at 0; raise it, or lower --max_steps")
+    return horizon
 
 
 def run_main(main, config_class):
@@ -1126,13 +1150,23 @@ def run_main(main, config_class):
     status = 0
     try:
         main(cfg)
-    except (ValueError, OSError, RuntimeError, FloatingPointError, KeyboardInterrupt) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, (RankFailure, Stopped)):
-            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-                raise  # a defect, for which a traceback is the right message
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  (the program ends here, and each is printed)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # torchrun ends the others at once: our line comes first
+        rank = os.environ.get("RANK", 0)
+        if isinstance(error, (ValueError, OSError, FloatingPointError, KeyboardInterrupt, RankFailure, Stopped)):
+            pass
+        elif isinstance(error, torch.OutOfMemoryError):
+            error = RankFailure(f"rank {rank}: {str(error).partition('. ')[0]}. Less is needed with a lower "
+                                "--max_length or --max_completion_length, --activation_checkpointing full, "
+                                "--vllm_sleep true, a smaller --gpu_memory_utilization, or more ranks")
+        elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             reason = str(error).splitlines()[0][-200:]
-            error = RankFailure(f"rank {os.environ.get('RANK', 0)} has lost another: it or its machine died, or it did "
-                                f"not answer within --timeout_minutes ({reason}); start it again with --resume")
+            error = RankFailure(f"rank {rank} has lost another: it or its machine died, or it did not answer within "
+                                f"--timeout_minutes ({reason}); start it again with --resume")
+        else:
+            sys.excepthook(*sys.exc_info())  # a defect, for which a traceback is the right message
+            leave(1)
         # Before the process group stands, bad flags fail all ranks alike; a lost connection is one rank's own news.
         own_news = isinstance(error, (RankFailure, ConnectionError))
         first = dist.is_initialized() or os.environ.get("RANK", "0") == "0" or own_news
@@ -1162,14 +1196,15 @@ class RunLog:
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1,
                         file=sys.stderr)
-        name = Path(output_dir).name
+        # two recipes' runs/X/grpo and runs/Y/grpo are two runs; a resumed one continues its own curve
+        path = Path(output_dir).resolve()
+        name = f"{path.parent.name}-{path.name}-{zlib.crc32(str(path).encode()):08x}"
         if report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             self.tracker = SummaryWriter(str(Path(output_dir, "tensorboard")))
         elif report_to in ("wandb", "trackio"):
             module = __import__(report_to)
-            # a fixed id: a resumed run continues its curve instead of opening a second one
             resume = {"id": name, "resume": "allow"} if report_to == "wandb" else {"resume": "allow"}
             self.tracker = module
             module.init(project="math-reasoning", name=name, config=config, **resume)

@@ -233,7 +233,6 @@ class Engine:
         gpu_memory_utilization, kv_cache_gb: share of each GPU, or GB of KV cache instead (on CPU: kv_cache_gb, 0.25).
         max_num_seqs: sequences that are decoded together.
         enforce_eager: no CUDA graphs (always so on CPU, where there are none).
-        threads: OpenMP threads of the child; it shares the cores with the trainer.
         log_file: takes the child's stdout and stderr.
         start_timeout, stall_timeout: seconds until ready; seconds without a new token or an answer.
         max_restarts: over the life of this handle.
@@ -245,8 +244,8 @@ class Engine:
 
     def __init__(self, model_path: str, *, max_model_len: int, dtype: str = "auto", tensor_parallel_size: int = 1,
                  devices: list[int] | None = None, gpu_memory_utilization: float = 0.3, max_num_seqs: int = 256,
-                 enforce_eager: bool = False, kv_cache_gb: float | None = None, threads: int = 1, seed: int = 0,
-                 log_file: str, start_timeout: float = 900, stall_timeout: float = 600, max_restarts: int = 3,
+                 enforce_eager: bool = False, kv_cache_gb: float | None = None, seed: int = 0, log_file: str,
+                 start_timeout: float = 900, stall_timeout: float = 600, max_restarts: int = 3,
                  sleep_mode: bool = False, extra: dict | None = None):
         import torch
         on_cpu = not torch.cuda.is_available()
@@ -268,7 +267,7 @@ class Engine:
         if kv_cache_gb is not None:
             self._llm_arguments["kv_cache_memory_bytes"] = int(kv_cache_gb * 2**30)
         self._llm_arguments.update(extra or {})
-        self._environment = _child_environment(model_path, tensor_parallel_size, devices, threads, on_cpu)
+        self._environment = _child_environment(model_path, tensor_parallel_size, devices, on_cpu)
 
         self.version, self._weights_folder = 0, None     # None: still on model_path's own weights
         self.restarts, self._has_answered, self._calls, self._generating = 0, False, 0, False
@@ -372,15 +371,11 @@ class Engine:
         return self._call(dict(op="score", token_ids=token_ids))["logprobs"]
 
     def sleep(self) -> None:
-        """Give the GPU memory of weights and KV cache back (vLLM's sleep level 2). On CPU: does nothing."""
+        """Give the GPU memory of weights and KV cache back (vLLM's sleep level 2); load_weights wakes the engine.
+
+        On a CPU there is nothing to give back, and nothing happens."""
         if self._can_sleep:
             self._call(dict(op="sleep"))
-
-    def wake(self) -> None:
-        """Undo sleep: weights first, reload them (level 2 forgot them), KV cache last, for the memory peak.
-        load_weights on a sleeping engine does the same with the new version and saves a reload. On CPU: nothing."""
-        if self._can_sleep:
-            self._call(dict(op="wake", folder=self._weights_folder, version=self.version))
 
     def close(self) -> None:
         """End the child. With tensor parallelism it is asked to leave first: vLLM then removes its shared memory."""
@@ -435,8 +430,9 @@ class Engine:
 
     def _cause_of_death(self, error: Exception) -> str:
         if isinstance(error, TimeoutError):
-            return (f"no new token or answer for {self.stall_timeout:.0f} s (stall_timeout)" if self._ready else
-                    f"not ready after {self.start_timeout:.0f} s (start_timeout)")
+            if self._ready:
+                return f"no new token or answer for {self.stall_timeout:.0f} s (--engine_stall_timeout)"
+            return f"not ready after {self.start_timeout:.0f} s (--engine_start_timeout)"
         try:
             code = self._process.wait(10)
         except subprocess.TimeoutExpired:
@@ -469,9 +465,10 @@ class Engine:
 
     def _restart(self, death: _EngineDied) -> None:
         self._kill()
-        # A bad flag or model fails the same way each time: say so at once. An engine that has worked, or that somebody
-        # else killed (a negative code), is worth another try.
-        if not self._has_answered and self._process.returncode > 0:
+        # A bad flag or model fails the same way each time, or is as slow: say so at once. An engine that has worked, or
+        # that somebody else killed (a negative code), is worth another try.
+        late = not self._ready and time.monotonic() > self._start_deadline
+        if not self._has_answered and (self._process.returncode > 0 or late):
             raise EngineError(f"the engine could not start or answer its first request ({death}){self._log_tail()}")
         if self.restarts >= self.max_restarts:
             raise EngineError(f"the engine died ({death}) and its {self.max_restarts} restarts are used up "
@@ -495,13 +492,13 @@ class Engine:
         return f"\n--- last lines of {self.log_file} ---\n" + "\n".join(lines[-LOG_TAIL_LINES:])
 
 
-def _child_environment(model_path: str, tensor_parallel_size: int, devices: list[int] | None, threads: int,
+def _child_environment(model_path: str, tensor_parallel_size: int, devices: list[int] | None,
                        on_cpu: bool) -> dict[str, str]:
     """The trainer's environment without torchrun's variables (vLLM would join the trainer's process group)."""
     torchrun = re.compile(r"RANK$|WORLD_SIZE$|(LOCAL|GROUP|ROLE|MASTER|TORCHELASTIC|TORCH_NCCL|OMP|GOMP|KMP)_")
     environment = {key: value for key, value in os.environ.items() if not torchrun.match(key)}
     environment |= {
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": "1",                     # it shares the cores with the trainer
         "OMP_WAIT_POLICY": "PASSIVE",               # idle threads sleep; spinning ones triple the time of a shared core
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if tensor_parallel_size == 1 else "1",   # 0: engine and child are one
         "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo",   # nothing beyond loopback
@@ -556,7 +553,7 @@ def _serve(descriptor: int, trainer_pid: int) -> None:
                 elif op == "sleep":
                     llm.sleep(level=2)
                     asleep = True
-                elif op == "load" or (op == "wake" and asleep):      # an engine that was restarted is awake
+                elif op == "load":
                     _reload(llm, request["folder"], asleep)
                     version, asleep = request["version"], False
                     answer["version"] = version

@@ -2,7 +2,7 @@
 Stage 2: GRPO, shorter answers at the same accuracy (Fast-Math-R1, arXiv 2507.08267; GRPO: arXiv 2402.03300).
 
     torchrun --nproc_per_node 8 train_grpo.py         the published recipe, from stage 1's runs/sft/final
-    torchrun --nproc_per_node 2 train_grpo.py --model_name_or_path runs/demo/sft/final --dataset demo:rl ...
+    torchrun --nproc_per_node 2 train_grpo.py --model_name_or_path runs/demo-seed1/sft/final --dataset demo:rl ...
 
 One step, in the order of the code below:
 
@@ -125,6 +125,7 @@ class GRPOConfig(reward_lib.RewardOptions):  # the reward flags and their defaul
     keep_steps: str = HfArg(default="", help="Comma-separated steps whose checkpoints are never removed.")
     save_dtype: str = HfArg(default="bfloat16", help="Type of the weights in final: bfloat16 or float32.")
     eval_dataset: str = HfArg(default="", help="Problems for evaluation with the same engines; empty: none.")
+    eval_split: str = HfArg(default="train", help="Split of eval_dataset, for hub ids and saved folders.")
     eval_steps: int = HfArg(default=10, help="Evaluate every so many steps, and at the end.")
     eval_num_samples: int = HfArg(default=4, help="Samples per problem in evaluation, with the training's sampling.")
     logging_steps: int = HfArg(default=1, help="Print a line every so many steps; metrics.jsonl gets all.")
@@ -138,34 +139,34 @@ FREE_TO_CHANGE = {
     "keep_steps", "report_to", "max_steps", "activation_checkpointing", "compile", "shard_size", "head_chunk_size",
     "dry_run", "tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gb", "max_num_seqs", "enforce_eager",
     "vllm_sleep", "sync_dir", "engine_start_timeout", "engine_stall_timeout", "max_engine_restarts",
-    "max_tokens_per_microbatch", "eval_dataset", "eval_steps", "eval_num_samples", "save_dtype",
+    "max_tokens_per_microbatch", "eval_dataset", "eval_split", "eval_steps", "eval_num_samples", "save_dtype",
     "logging_steps", "benchmark_dir",
     "probe_tolerance"}
+
+
+def longest_sequence(cfg):
+    """Tokens that a prompt and its answer may have together."""
+    return cfg.max_model_length or cfg.max_prompt_length + cfg.max_completion_length
 
 
 def check_config(cfg):
     """Refuse impossible values before anything starts: flag, value, reason, remedy. Raises ValueError."""
     policy_lib.check_common_flags(cfg)
     reward_lib.check_reward_options(cfg)
-    choices = {"loss_type": ("grpo", "dapo", "dr_grpo"), "scale_rewards": ("group", "batch", "none"),
-               "importance_sampling_level": ("token", "sequence")}
-    for flag, allowed in choices.items():
-        if getattr(cfg, flag) not in allowed:
-            raise ValueError(f"--{flag} {getattr(cfg, flag)!r}: choose one of {', '.join(allowed)}")
-    for flag in ("num_prompts_per_step", "max_prompt_length", "max_completion_length", "num_iterations",
-                 "tensor_parallel_size", "temperature", "top_p", "num_train_epochs", "eval_num_samples"):
-        if not getattr(cfg, flag) > 0:
-            raise ValueError(f"--{flag} {getattr(cfg, flag)} must be above 0")
-    for flag in ("beta", "epsilon", "epsilon_high", "rollout_is_cap", "min_p", "dynamic_sampling_rounds"):
-        if not getattr(cfg, flag) >= 0:
-            raise ValueError(f"--{flag} {getattr(cfg, flag)} must not be negative")
-    for flag in ("top_p", "min_p", "train_fraction"):
-        if getattr(cfg, flag) > 1:
-            raise ValueError(f"--{flag} {getattr(cfg, flag)} is a share: at most 1")
+    policy_lib.check_flags(
+        cfg,
+        choices={"loss_type": ("grpo", "dapo", "dr_grpo"), "scale_rewards": ("group", "batch", "none"),
+                 "importance_sampling_level": ("token", "sequence")},
+        above_0=("num_prompts_per_step", "max_prompt_length", "max_completion_length", "num_iterations",
+                 "tensor_parallel_size", "temperature", "top_p", "train_fraction", "eval_num_samples", "max_num_seqs",
+                 "gpu_memory_utilization", "engine_start_timeout", "engine_stall_timeout"),
+        not_negative=("beta", "epsilon", "epsilon_high", "rollout_is_cap", "dynamic_sampling_rounds", "kv_cache_gb",
+                      "probe_tolerance", "max_engine_restarts", "max_model_length", "max_tokens_per_microbatch"),
+        shares=("top_p", "min_p", "train_fraction", "gpu_memory_utilization"))
     if cfg.num_generations < 2:
         raise ValueError(f"--num_generations {cfg.num_generations}: an advantage compares answers to the same problem; "
                          "use 2 or more")
-    longest = cfg.max_model_length or cfg.max_prompt_length + cfg.max_completion_length
+    longest = longest_sequence(cfg)
     if longest <= cfg.max_prompt_length:
         raise ValueError(f"--max_model_length {longest} leaves no room for an answer after "
                          f"--max_prompt_length {cfg.max_prompt_length}")
@@ -247,7 +248,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, denominato
     if rollout_is_cap and rollout_logprobs is not None:
         # vLLM and the trainer round differently, and top_p / min_p cut the tail: the samples come from q, not pi_old.
         # w_t = min(pi_old / q, cap): unweighted, the gradient is that of another policy. Per token, because the product
-        # over a long answer is dominated by noise (FEATURES 3A.2).
+        # over a long answer is dominated by noise.
         rollout_weight = (old_logprobs - rollout_logprobs).exp().clamp(max=rollout_is_cap).detach()  # (T,)
         surrogate = surrogate * rollout_weight
     token_loss = -surrogate
@@ -285,8 +286,8 @@ def load_problems(dataset, split, tokenizer, cfg):
     """
     ([Problem], {reason: count}) of a data set: rows without a gradable gold answer or with a long prompt are dropped.
 
-    A gold answer that cannot be read would pay every completion the same, or none (RECIPES 7, oddity 3): it never
-    enters. Raises data.DataError when nothing is left.
+    A gold answer that cannot be read would pay every completion the same, or none: it never enters, unless
+    --bad_gold_reward asks for the original's behaviour. Raises data.DataError when nothing is left.
     """
     problems, dropped, total = [], Counter(), 0
     system_prompt = data.system_prompt_text(cfg.system_prompt)
@@ -299,7 +300,8 @@ def load_problems(dataset, split, tokenizer, cfg):
             elif answer is None or isinstance(answer, (dict, bool)):
                 reason = f"no answer in column {cfg.answer_column!r}"
             elif (gold := reward_lib.gold_answer(answer)) is None:
-                reason = "answer that the grader cannot read"
+                gold = str(answer)
+                reason = "answer that the grader cannot read" if cfg.bad_gold_reward is None else None
         if reason is None:
             prompt_ids = data.chat_prompt_ids(tokenizer, problem, system_prompt)
             if len(prompt_ids) > cfg.max_prompt_length:
@@ -332,16 +334,18 @@ def prompts_at(num_problems, cursor, count, seed):
     return chosen
 
 
-def sample_groups(engine, layout, ctx, problems, chosen, step, cfg, tokenizer, timer):
+def sample_groups(engine, layout, ctx, problems, chosen, step, cursor, cfg, tokenizer, timer):
     """
     Roll out and score one answer group per chosen problem; every rank returns all groups, in the order of `chosen`.
 
     Each engine takes every count-th problem. A group is scored the moment it is complete, while the engine goes on with
-    the others. Returns a list of dicts with problem, completions, parts, rewards, outcomes, texts.
+    the others. Seeds come from (seed, step, prompt, sample), a prompt being known by its place in the sequence that
+    starts at cursor: where an epoch ends within a step, a problem may stand in it twice and is sampled anew. Returns a
+    list of dicts: problem, completions, texts, scored.
     """
     mine = {}
-    limit = cfg.max_model_length or cfg.max_prompt_length + cfg.max_completion_length
-    with policy_lib.together(ctx, f"the rollout of step {step + 1}"):
+    limit = longest_sequence(cfg)
+    with policy_lib.together(ctx, f"the rollout of step {step + 1}" if step >= 0 else "the evaluation"):
         if engine is not None:
             numbers = list(range(layout.index, len(chosen), layout.count))
             group_problems = [problems[chosen[i]] for i in numbers]
@@ -349,8 +353,8 @@ def sample_groups(engine, layout, ctx, problems, chosen, step, cfg, tokenizer, t
                 [p.prompt_ids for p in group_problems], n=cfg.num_generations, temperature=cfg.temperature,
                 top_p=cfg.top_p, min_p=cfg.min_p,
                 max_tokens=[min(cfg.max_completion_length, limit - len(p.prompt_ids)) for p in group_problems],
-                seeds=[[rollout_lib.sampling_seed(cfg.seed, step, p.row, s) for s in range(cfg.num_generations)]
-                       for p in group_problems])
+                seeds=[[rollout_lib.sampling_seed(cfg.seed, step, cursor + i, s) for s in range(cfg.num_generations)]
+                       for i in numbers])
             for local_index, completions in stream:
                 with timer("rewards"):
                     mine[numbers[local_index]] = score_group(group_problems[local_index], completions, cfg, tokenizer)
@@ -370,10 +374,10 @@ def score_group(problem, completions, cfg, tokenizer):
 
 def token_rows(groups, advantages, weights):
     """
-    One flat dict per answer: ids and the per-token arrays of the loss, aligned with positions that predict them.
+    One flat dict per answer: ids and the per-token arrays of the loss, each aligned with its token.
 
     ids (S,) = prompt + completion; mask, rollout_logprobs (S,) are 0 on the prompt; mask carries m_i on the completion,
-    end-of-turn token included.
+    end-of-turn token included. collate_rows shifts them to the positions that predict.
     """
     rows = []
     flat = [(g["problem"].prompt_ids, c) for g in groups for c in g["completions"]]
@@ -436,6 +440,16 @@ def policy_logprobs(model, batch, cfg):
 def sync_folder(cfg):
     """This run's folder below --sync_dir; named after output_dir, so that a resumed run finds and clears it."""
     return Path(cfg.sync_dir, "grpo-" + Path(cfg.output_dir).resolve().as_posix().strip("/").replace("/", "-"))
+
+
+@contextmanager
+def weights_handed_over(cfg, ctx):
+    """However a run ends, its versions leave --sync_dir: on /dev/shm they are memory, 28 GB of it for 14B."""
+    try:
+        yield
+    finally:
+        if ctx.local_rank == 0:
+            shutil.rmtree(sync_folder(cfg), ignore_errors=True)
 
 
 def publish(model, engine, ctx, probe_ids, previous, version, cfg):
@@ -513,11 +527,11 @@ def main(cfg):
     layout = rollout_lib.engine_layout(ctx.rank, ctx.local_rank, ctx.world_size, ctx.local_world_size,
                                        cfg.tensor_parallel_size)
     output_dir = Path(cfg.output_dir)
-    longest = cfg.max_model_length or cfg.max_prompt_length + cfg.max_completion_length
+    longest = longest_sequence(cfg)
     max_tokens = cfg.max_tokens_per_microbatch or longest
 
     # ---------------------------------------------------------------------------------- problems and plan
-    folder = policy_lib.model_folder(cfg.model_name_or_path, ctx)
+    folder = policy_lib.model_folder(cfg.model_name_or_path, ctx, weights=not cfg.dry_run)
     model_config = policy_lib.load_config(folder)
     tokenizer = policy_lib.load_tokenizer(folder)
     data.set_chat_template(tokenizer, cfg.chat_template)
@@ -525,13 +539,13 @@ def main(cfg):
         problems, dropped = load_problems(cfg.dataset, cfg.dataset_split, tokenizer, cfg)
         if cfg.train_fraction < 1:
             problems = random.Random(2025).sample(problems, max(1, round(cfg.train_fraction * len(problems))))
-        eval_problems = load_problems(cfg.eval_dataset, "train", tokenizer, cfg)[0] if cfg.eval_dataset else []
+        eval_problems = load_problems(cfg.eval_dataset, cfg.eval_split, tokenizer, cfg)[0] if cfg.eval_dataset else []
     with policy_lib.together(ctx, "comparing the problems with the benchmarks"):
         if ctx.is_main:
             data.warn_of_contamination(cfg.dataset, cfg.benchmark_dir, cfg.dataset_split, cfg.problem_column)
     epoch_steps = max(1, math.ceil(cfg.num_train_epochs * len(problems) / cfg.num_prompts_per_step))
     total_steps = cfg.max_steps if cfg.max_steps > 0 else epoch_steps
-    cfg.lr_horizon = horizon = cfg.lr_horizon if cfg.lr_horizon > 0 else total_steps
+    cfg.lr_horizon = horizon = policy_lib.schedule_horizon(cfg, total_steps)
     if ctx.is_main:
         memory = policy_lib.estimated_memory_gb(model_config, ctx, max_tokens, cfg.activation_checkpointing,
                                                 cfg.head_chunk_size, cfg.beta > 0)
@@ -583,13 +597,15 @@ output     {output_dir}""", flush=True)
         trainer_state = policy_lib.load_checkpoint(model, optimizer, scheduler, ctx, run.checkpoint)
         step, cursor = trainer_state["step"], trainer_state["cursor"]
     if run.checkpoint and policy_lib.is_complete(output_dir, run.checkpoint, step, total_steps):
-        raise ValueError(f"nothing to do: {run.checkpoint} has reached step {step} of {total_steps}; raise --max_steps")
+        raise ValueError(f"nothing to do: {run.checkpoint} has reached step {step} of {total_steps}; "
+                         "to go on raise --max_steps, and --lr_horizon with it (a longer schedule needs --force)")
     log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, step, cfg.report_to, cfg.logging_steps)
     keep_steps = [int(s) for s in cfg.keep_steps.split(",") if s]
     probe_ids = [token for problem in problems[:64] for token in problem.prompt_ids][:min(256, longest)]
-    sync = publish(model, engine, ctx, probe_ids, None, step, cfg)  # engines may hold other weights than a resumed run
 
-    with policy_lib.stop_on_signal(ctx) as stop_requested:
+    with weights_handed_over(cfg, ctx), policy_lib.stop_on_signal(ctx) as stop_requested:
+        # engines may hold other weights than a resumed run
+        sync = publish(model, engine, ctx, probe_ids, None, step, cfg)
         while step < total_steps:
             ctx.doing = f"in step {step + 1}"
             timer, started = Timer(), time.perf_counter()
@@ -599,19 +615,21 @@ output     {output_dir}""", flush=True)
             with timer("rollout"):
                 for attempt in range(cfg.dynamic_sampling_rounds + 1):
                     chosen = prompts_at(len(problems), cursor, wanted - len(groups), cfg.seed)
+                    fresh = sample_groups(engine, layout, ctx, problems, chosen, step, cursor, cfg, tokenizer, timer)
                     cursor += len(chosen)
-                    fresh = sample_groups(engine, layout, ctx, problems, chosen, step, cfg, tokenizer, timer)
                     # A group of equal rewards has advantage 0 everywhere: with dynamic sampling (DAPO,
                     # arXiv 2503.14476) fresh prompts take its place, until the rounds are used up.
                     last = attempt == cfg.dynamic_sampling_rounds
-                    useful = [g for g in fresh if last or len(set(g["scored"].totals)) > 1]
+                    useful = [g for g in fresh if last or not of_equal_rewards(g["scored"])]
                     replaced += len(fresh) - len(useful)
                     groups += useful
                     if len(groups) == wanted:
                         break
             reward_lib.rescore_length_over_batch([g["scored"] for g in groups], cfg)  # only --length_scope local_batch
-            if cfg.vllm_sleep and engine is not None:
-                engine.sleep()
+            if cfg.vllm_sleep:
+                with policy_lib.together(ctx, "putting the engines to sleep"):
+                    if engine is not None:
+                        engine.sleep()
 
             # ========================================================================== 4. advantages
             rewards = torch.tensor([g["scored"].totals for g in groups], dtype=torch.float64)  # (P, G)
@@ -685,9 +703,6 @@ output     {output_dir}""", flush=True)
                         "update/entropy": reduced[8] / sampled,
                         "sync/seconds": sync["seconds"], "sync/logprob_gap": sync["gap"],
                         "rollout/engine_restarts": policy_lib.sum_over_ranks(ctx, engine.restarts if engine else 0)[0]}
-            if eval_problems and (step % cfg.eval_steps == 0 or step == total_steps):
-                with timer("eval"):
-                    metrics |= evaluate(engine, layout, ctx, eval_problems, cfg, tokenizer, timer)
             flops = policy_lib.flops_per_pack(model_config, [len(row["ids"]) for row in rows])
             update_flops = cfg.num_iterations * flops / ctx.world_size
             seconds = time.perf_counter() - started
@@ -697,6 +712,9 @@ output     {output_dir}""", flush=True)
                         "mfu": update_flops / timer.seconds["update"] / peak if peak else None,
                         "peak_memory_gb": policy_lib.max_over_ranks(ctx, policy_lib.peak_memory_gb(ctx.device)),
                         "time/step": seconds}
+            if eval_problems and (step % cfg.eval_steps == 0 or step == total_steps):
+                with timer("eval"):
+                    metrics |= evaluate(engine, layout, ctx, eval_problems, cfg, tokenizer)
             metrics |= {f"time/{phase}": value for phase, value in timer.seconds.items()}
             if ctx.is_main:
                 write_rollouts(output_dir / "rollouts" / f"step-{step:06d}.jsonl", step, groups, advantages, version)
@@ -705,7 +723,7 @@ output     {output_dir}""", flush=True)
                       f"length {metrics['completions/mean_length']:.0f}  cut {metrics['completions/truncated']:.0%}  "
                       f"loss {loss:+.4f}  kl {metrics['update/kl']:.4f}  grad {grad_norm:.2f}  | {seconds:.1f} s: " +
                       ", ".join(f"{phase} {value:.1f}" for phase, value in timer.seconds.items()
-                                if phase != "rewards") +
+                                if phase not in ("rewards", "rollout_wait")) +  # both are parts of the rollout
                       (f"  | eval accuracy {metrics['eval/pass@1']:.3f}" if "eval/pass@1" in metrics else "") +
                       ("" if any(weights) else "  | NOTHING TRAINED: every answer is masked or has no reward"))
             stopping = stop_requested()
@@ -723,8 +741,6 @@ output     {output_dir}""", flush=True)
     log.close()
     if engine is not None:
         engine.close()
-    if ctx.local_rank == 0:
-        shutil.rmtree(sync_folder(cfg), ignore_errors=True)  # save_hf has met all ranks: nobody reads it
     if ctx.is_main:
         print(f"done: {total_steps} steps; model in {output_dir / 'final'}", flush=True)
     policy_lib.shutdown_distributed(ctx)
@@ -739,6 +755,11 @@ def sampling_bias_note(cfg):
     return f" -- top_p < 1 or min_p > 0: samples come from a cut-off distribution; {corrected}"
 
 
+def of_equal_rewards(scored):
+    """Whether a group teaches nothing: every reward is the same, or missing (nan, which equals nothing, itself too)."""
+    return len({total for total in scored.totals if not math.isnan(total)}) <= 1
+
+
 def rollout_metrics(groups, lengths, truncated, rewards):
     """Means over the B answers of a step."""
     scored = [g["scored"] for g in groups]
@@ -746,20 +767,21 @@ def rollout_metrics(groups, lengths, truncated, rewards):
     parts = {f"reward/{name}": float(np.nanmean([s.parts[name] for s in scored])) for name in scored[0].parts}
     return {
         **parts, "reward/total": float(rewards.nanmean()), "reward/std_within_group": float(rewards.std(1).nanmean()),
-        "reward/groups_of_equal_rewards": sum(len(set(s.totals)) == 1 for s in scored) / len(scored),
+        "reward/groups_of_equal_rewards": sum(map(of_equal_rewards, scored)) / len(scored),
         "completions/mean_length": float(np.mean(lengths)), "completions/max_length": int(max(lengths)),
         "completions/truncated": float(np.mean(truncated)), "completions/correct": outcomes["right"] / len(lengths),
         **{f"grading/{name}": outcomes[name] for name in ("no_answer", "timeout", "crash")},
     }
 
 
-def evaluate(engine, layout, ctx, problems, cfg, tokenizer, timer):
+def evaluate(engine, layout, ctx, problems, cfg, tokenizer):
     """Accuracy and length on held-out problems with the training's own engines and sampling; keys start with eval/."""
     import dataclasses
 
     eval_cfg = dataclasses.replace(cfg, num_generations=cfg.eval_num_samples, seed=cfg.seed + 1)
     # step -1: the same seeds at every evaluation, so that two evaluations differ by the weights alone
-    groups = sample_groups(engine, layout, ctx, problems, list(range(len(problems))), -1, eval_cfg, tokenizer, timer)
+    groups = sample_groups(engine, layout, ctx, problems, list(range(len(problems))), -1, 0, eval_cfg, tokenizer,
+                           Timer())
     outcomes = [outcome for g in groups for outcome in g["scored"].outcomes]
     completions = [c for g in groups for c in g["completions"]]
     return {"eval/pass@1": outcomes.count("right") / len(outcomes),

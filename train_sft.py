@@ -2,7 +2,7 @@
 Stage 1: supervised fine-tuning on long reasoning traces (Fast-Math-R1, arXiv 2507.08267, section "SFT").
 
     torchrun --nproc_per_node 8 train_sft.py          the published recipe on DeepSeek-R1-Distill-Qwen-14B
-    torchrun --nproc_per_node 2 train_sft.py --model_name_or_path runs/demo/base --dataset demo ...    on two CPU cores
+    torchrun --nproc_per_node 2 train_sft.py --model_name_or_path runs/demo-seed1/base --dataset demo ...
 
 The method, in the order of the code below:
 
@@ -27,6 +27,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers.hf_argparser import HfArg
 
@@ -83,6 +84,7 @@ class SFTConfig:
     keep_steps: str = HfArg(default="", help="Comma-separated steps whose checkpoints are never removed.")
     save_dtype: str = HfArg(default="bfloat16", help="Type of the weights in final: bfloat16 or float32.")
     eval_dataset: str = HfArg(default="", help="Held-out rows for an evaluation loss; empty: none.")
+    eval_split: str = HfArg(default="train", help="Split of eval_dataset, for hub ids and saved folders.")
     eval_steps: int = HfArg(default=50, help="Evaluate every so many steps, and at the end.")
     logging_steps: int = HfArg(default=1, help="Print a line every so many steps; metrics.jsonl gets all.")
     report_to: str = HfArg(default="none", help="tensorboard, wandb or trackio beside metrics.jsonl.")
@@ -92,7 +94,7 @@ class SFTConfig:
 # Flags that may change between a checkpoint and its resumption without changing the result.
 FREE_TO_CHANGE = {"resume", "force", "output_dir", "cache_dir", "timeout_minutes", "heartbeat_timeout", "save_steps",
                   "save_total_limit", "keep_steps", "report_to", "max_steps", "activation_checkpointing", "compile",
-                  "shard_size", "dry_run", "eval_steps", "head_chunk_size", "eval_dataset", "save_dtype",
+                  "shard_size", "dry_run", "eval_steps", "head_chunk_size", "eval_dataset", "eval_split", "save_dtype",
                   "logging_steps", "benchmark_dir",
                   "gradient_accumulation_steps"}  # the last: only its product with the ranks must stay (open_run)
 
@@ -100,14 +102,10 @@ FREE_TO_CHANGE = {"resume", "force", "output_dir", "cache_dir", "timeout_minutes
 def check_config(cfg):
     """Refuse impossible values before anything starts: flag, value, reason, remedy. Raises ValueError."""
     policy_lib.check_common_flags(cfg)
-    choices = {"loss_on": ("assistant", "all", "all_but_eos"), "overlong": ("drop", "cut"),
-               "packing": ("best_fit", "concat_cut")}
-    for flag, allowed in choices.items():
-        if getattr(cfg, flag) not in allowed:
-            raise ValueError(f"--{flag} {getattr(cfg, flag)!r}: choose one of {', '.join(allowed)}")
-    for flag in ("max_length", "gradient_accumulation_steps", "num_train_epochs"):
-        if getattr(cfg, flag) <= 0:
-            raise ValueError(f"--{flag} {getattr(cfg, flag)} must be above 0")
+    policy_lib.check_flags(
+        cfg, above_0=("max_length", "gradient_accumulation_steps"),
+        choices={"loss_on": ("assistant", "all", "all_but_eos"), "overlong": ("drop", "cut"),
+                 "packing": ("best_fit", "concat_cut")})
 
 
 def sft_loss(logprobs, mask, denominator):
@@ -123,7 +121,7 @@ def document_spans(packs, index, documents, packing):
     """[(ids, mask)] of one pack for data.collate; index -1: an empty one. concat_cut: a span that attention crosses."""
     spans = [(documents[i].ids[a:b], documents[i].mask[a:b]) for i, a, b in packs[index]] if index >= 0 else []
     if packing == "concat_cut" and spans:
-        return [tuple(torch.cat([torch.from_numpy(p) for p in parts]).numpy() for parts in zip(*spans, strict=True))]
+        return [tuple(np.concatenate(parts) for parts in zip(*spans, strict=True))]
     return spans
 
 
@@ -149,7 +147,7 @@ def main(cfg):
     output_dir = Path(cfg.output_dir)
 
     # ---------------------------------------------------------------------------------- data and plan
-    folder = policy_lib.model_folder(cfg.model_name_or_path, ctx)
+    folder = policy_lib.model_folder(cfg.model_name_or_path, ctx, weights=not cfg.dry_run)
     model_config = policy_lib.load_config(folder)
     tokenizer = policy_lib.load_tokenizer(folder)
     data.set_chat_template(tokenizer, cfg.chat_template)
@@ -168,7 +166,7 @@ def main(cfg):
     with policy_lib.together(ctx, "comparing the data with the benchmarks"):
         if ctx.is_main:
             data.warn_of_contamination(cfg.dataset, cfg.benchmark_dir, cfg.dataset_split, cfg.problem_column)
-    held_out = documents_of(cfg.eval_dataset, "train").documents if cfg.eval_dataset else []
+    held_out = documents_of(cfg.eval_dataset, cfg.eval_split).documents if cfg.eval_dataset else []
     packs = data.make_packs(train.documents, cfg.max_length, cfg.packing)
     pack_lengths = [[b - a for _, a, b in p] for p in packs]
     pack_costs = [policy_lib.flops_per_pack(model_config, lengths) for lengths in pack_lengths]
@@ -176,7 +174,7 @@ def main(cfg):
     steps_per_epoch = -(-len(packs) // packs_per_step)
     epoch_steps = math.ceil(cfg.num_train_epochs * steps_per_epoch)
     total_steps = cfg.max_steps if cfg.max_steps > 0 else epoch_steps
-    cfg.lr_horizon = horizon = cfg.lr_horizon if cfg.lr_horizon > 0 else total_steps  # resolved: a resume must keep it
+    cfg.lr_horizon = horizon = policy_lib.schedule_horizon(cfg, total_steps)  # resolved: a resume must keep it
     memory = policy_lib.estimated_memory_gb(model_config, ctx, cfg.max_length, cfg.activation_checkpointing,
                                             cfg.head_chunk_size)
     if ctx.is_main:
@@ -213,7 +211,7 @@ output     {output_dir}""", flush=True)
         first_step = policy_lib.load_checkpoint(model, optimizer, scheduler, ctx, run.checkpoint)["step"]
     if run.checkpoint and policy_lib.is_complete(output_dir, run.checkpoint, first_step, total_steps):
         raise ValueError(f"nothing to do: {run.checkpoint} has reached step {first_step} of {total_steps}; "
-                         "raise --max_steps or --num_train_epochs")
+                         "to go on raise --max_steps, and --lr_horizon with it (a longer schedule needs --force)")
     log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, first_step, cfg.report_to, cfg.logging_steps)
     keep_steps = [int(s) for s in cfg.keep_steps.split(",") if s]
     step = first_step

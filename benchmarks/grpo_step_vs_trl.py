@@ -26,7 +26,7 @@ import grpo_update_vs_trl as update
 import report
 
 LIMIT, WARM_UP = 320, 2
-# What helps vLLM on two cores (shared/ENGINE.md) for TRL, too: ours sets the same for its engines.
+# What helps vLLM on two cores for TRL, too: ours sets the same for its engines.
 ENGINE_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                       "VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE",
                       "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -1,5 +1,5 @@
 """
-One H200: what the 14B recipe's kernels, memory and steps cost, and that they are correct there (PERF.md section 4).
+One H200: what the 14B recipe's kernels, memory and steps cost, and that they are correct there.
 
     bash benchmarks/h200.sh                  about 8 minutes; --tiny: the same code with tiny shapes on the CPU
 
@@ -44,7 +44,7 @@ import data
 import model as policy_lib
 import train_grpo
 
-PEAK, BANDWIDTH = 989.5e12, 4.3e12  # FLOP/s dense bf16 by data sheet; bytes/s reachable of 4.8e12 (PERF.md G7)
+PEAK, BANDWIDTH = 989.5e12, 4.3e12  # FLOP/s dense bf16 by data sheet; bytes/s reachable of 4.8e12
 TINY = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=False)
 
@@ -470,7 +470,7 @@ def projection(case):
 
     straggler 0.026-0.04 (cost-sorted dealing; packing.py), communication 0.01-0.065 (hidden; fully exposed).
     Stage 1: 599M tokens (7.58k x 7,900 traces x 10 epochs). Stage 2, per step: 1.039M tokens of update at this rate,
-    a third of it again for the reference's forward, sampling 87-106 s (TP8, TP4: roofline estimate of PERF.md 3b, no
+    a third of it again for the reference's forward, sampling 87-106 s (TP8, TP4: a roofline estimate, no
     vLLM measurement behind it), 15 s of sync, rewards and logging.
     """
     worst, best = [(1 + s) * (1 + c) for s, c in ((0.04, 0.065), (0.026, 0.01))]

@@ -3,7 +3,7 @@ B5: how full the packs are, how evenly ranks are loaded; data.py's rules on the 
 
     python benchmarks/packing.py
 
-Stage 1: 7,900 traces, mean 7,580 tokens, E[l^2] / E[l] = 9,700, at most 24,000 (PERF.md 0.1, 3a: inferred from the
+Stage 1: 7,900 traces, mean 7,580 tokens, E[l^2] / E[l] = 9,700, at most 24,000 (inferred from the
 published training curve; the shape, a cut log-normal, is assumed). Stage 2: 128 answers per step, mean 8,000, at most
 16,384. Cost of a pack: model.flops_per_pack on the 14B config. These are counts: they hold on any machine.
 

@@ -22,11 +22,11 @@ GPUS=${GPUS:-8}
 # shellcheck source=recipes/stages.sh
 source recipes/stages.sh
 
-# What --faithful adds: each line restores one row of RECIPES.md 7, its number in brackets.
+# What --faithful adds: each line restores one oddity of the original; the same number, the same oddity in all recipes.
 grpo_faithful=(
   --length_unit chars --cosine_max_length 48000          # [1]
   --length_scope local_batch --length_prompts 2          # [2]
-  --bad_gold_reward 1.0                                  # [3] of what loading has let through
+  --bad_gold_reward 1.0                                  # [3] rows with an unreadable answer stay
   --swap_verify true                                     # [4]
   --answer_scope full                                    # [6] a box after </think> wins
   --format_strict false                                  # [7]

@@ -3,7 +3,7 @@
 #
 #   bash recipes/fast_math_r1_14b.sh [--faithful] [build | sft | grpo | evaluate [flags]]      see recipes/stages.sh
 #
-# Hardware   one machine with 8 x H200 (141 GB). Other numbers of GPUs keep the batch: the 64 packs are shared out.
+# Hardware   one machine with 8 x H200 (141 GB). 1, 2, 4, 16, 32 or 64 GPUs keep the batch: the 64 packs are shared out.
 # Hours      build     1 on 16 cores, most of it tokenising half a million traces    (estimate)
 #            stage 1   10 published; 4.0 to 5.3 here for 10 epochs                   (projected, not measured)
 #            stage 2   10 published (16 in an older README); 1.9 to 2.3 here for 50 steps        (projected)
@@ -32,7 +32,7 @@ GPUS=${GPUS:-8}
 # shellcheck source=recipes/stages.sh
 source recipes/stages.sh
 
-# What --faithful adds: each line restores one row of RECIPES.md 7, its number in brackets.
+# What --faithful adds: each line restores one oddity of the original; the same number, the same oddity in all recipes.
 sft_faithful=(
   --loss_on all_but_eos                                  # [12] prompts trained, the end of turn never
   --packing concat_cut --overlong cut                    # [13] documents cut in two and seeing each other
@@ -42,7 +42,7 @@ sft_faithful=(
 grpo_faithful=(
   --length_unit chars --cosine_max_length 30000          # [1]
   --length_scope local_batch --length_prompts 2          # [2]
-  --bad_gold_reward 1.0                                  # [3] of what loading has let through
+  --bad_gold_reward 1.0                                  # [3] rows with an unreadable answer stay
   --swap_verify true                                     # [4]
   --answer_scope full                                    # [6] a box after </think> wins
   --format_strict false                                  # [7]

@@ -13,7 +13,7 @@ source recipes/setup.sh
 
 BENCHMARKS=${BENCHMARKS:-hub}
 NODES=${NODES:-1}
-read -ra LAUNCH <<< "${LAUNCH:-torchrun --standalone --nproc_per_node $GPUS}"
+read -ra LAUNCH <<< "${LAUNCH:-torchrun --standalone --nproc_per_node $GPUS --shutdown_timeout 540}"  # a step and its checkpoint fit
 
 run_stages() { # run_stages "STAGES IN ORDER" "$@" of the recipe, which has a function for each stage
   local stages=$1 stage
@@ -37,6 +37,7 @@ run_stages() { # run_stages "STAGES IN ORDER" "$@" of the recipe, which has a fu
 }
 
 launch_evaluation() { # evaluate.py has no plan to print: with --dry_run the command itself is shown
+  if [ "$BENCHMARKS" != hub ]; then set -- --benchmark_dir "$BENCHMARKS" "$@"; fi
   case " $* " in
     *" --dry_run "*) echo "${LAUNCH[@]}" evaluate.py "$@" ;;
     *) "${LAUNCH[@]}" evaluate.py "$@" ;;

@@ -5,7 +5,7 @@ Token scheduler (optional): read a problem, guess how long its solution will be,
     python recipes/token_scheduler.py predict --model runs/token_scheduler --dataset aime24.json --output limits.jsonl
     python evaluate.py --token_limits limits.jsonl ...
 
-The method (Fast-Math-R1's Kaggle solution; RECIPES 4), with its published numbers:
+The method (Fast-Math-R1's Kaggle solution), with its published numbers:
 
     1. label    y = mean completion length of the problem / 12,800. The write-up says the shortest correct length, the
                 code took the mean; --label_column chooses

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,12 @@ def torchrun(script, *flags, ranks=2, timeout=300):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks,
                 "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     return run(*launcher, ROOT / script, *flags, timeout=timeout)
+
+
+def wait_for(condition, process=None, seconds=180):
+    """Return once condition() is true; fail when the subprocess.Popen ends before, or when the seconds are over."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, process.stdout and process.stdout.read()[-3000:]
+        assert time.monotonic() < deadline, f"still waiting after {seconds} s"
+        time.sleep(0.01)

@@ -10,12 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, wait_for
 
 import model as policy_lib
 import rewards
@@ -73,12 +73,9 @@ class Program:
         return sorted(ranks, key=lambda child: child.environ()["RANK"])
 
     def reach(self, output, step):
-        deadline = time.monotonic() + 120
-        while step > max(losses(output), default=0):
-            assert time.monotonic() < deadline and self.processes[0].poll() is None, self.text[-3000:]
-            time.sleep(0.02)
+        wait_for(lambda: max(losses(output), default=0) >= step, self.processes[0])
 
-    def end(self, timeout=120):
+    def end(self, timeout=300):
         return [process.wait(timeout) for process in self.processes]
 
 
@@ -95,9 +92,15 @@ def losses(output):
     return {row["step"]: row["loss"] for row in policy_lib.read_jsonl(path)} if path.exists() else {}
 
 
+def alive(process):
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def assert_gone(processes, seconds=20):
     deadline = time.monotonic() + seconds
-    while left := [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
+    while left := [p for p in processes if alive(p)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
 
@@ -160,7 +163,7 @@ def test_one_run_survives_one_fault_after_the_other(tmp_path, demo, rows, unbrok
     victim.write_bytes(content)
     (output / "checkpoints/step-000099.tmp").mkdir()  # what a kill in the middle of a save leaves
     program = Program(tmp_path, flags(demo, rows, output, resume=True))
-    program.reach(output, 7)
+    program.reach(output, max(losses(output)) + 1)  # beyond the rows of the run before
     ranks = program.ranks()
     program.processes[0].kill()
     assert_gone(ranks, 60)
@@ -175,8 +178,7 @@ def test_one_run_survives_one_fault_after_the_other(tmp_path, demo, rows, unbrok
     program = Program(tmp_path, one_rank, ranks=1)
     program.reach(output, max(losses(output)) + 1)
     program.processes[0].send_signal(signal.SIGINT)
-    while "SIGINT received; saving" not in program.text:
-        time.sleep(0.01)
+    wait_for(lambda: "SIGINT received; saving" in program.text, program.processes[0])
     program.processes[0].send_signal(signal.SIGINT)
     assert program.end() in ([130], [143]), program.text[-2000:]  # 143: it had saved already
     assert "Traceback" not in program.text
@@ -244,17 +246,17 @@ def test_a_rank_that_freezes_before_the_first_step_is_named(tmp_path, demo, rows
     (tmp_path / "script.py").write_text(FREEZES_WHILE_LOADING)
     program = Program(tmp_path, flags(demo, rows, tmp_path / "run"), script=tmp_path / "script.py",
                       PYTHONPATH=str(ROOT))
-    assert program.end(60) != [0]
+    assert program.end() != [0]
     assert re.search(r"rank 0: rank 1 \(host \S+, process \d+\) has not responded for \d+ s \(--heartbeat_timeout 6\), "
                      r"while starting. This run ends", program.text), program.text[-3000:]
 
 
 def test_ranks_that_do_not_start_are_named(capsys):
     store = torch.distributed.HashStore()
-    with pytest.raises(policy_lib.RankFailure, match=r"rank 1 has waited \d+ s \(--timeout_minutes 0.01\) for ranks "
+    with pytest.raises(policy_lib.RankFailure, match=r"rank 1 has waited \d+ s \(--timeout_minutes 0.05\) for ranks "
                                                      r"\[0, 2\] to start"):
-        policy_lib.roll_call(store, 1, 3, 0.6, notice=0.1)
-    assert "rank 1: ranks [0, 2] have not started after 0 s; waiting" in capsys.readouterr().err
+        policy_lib.roll_call(store, 1, 3, 3, notice=0.1)
+    assert re.search(r"rank 1: ranks \[0, 2\] have not started after \d+ s; waiting", capsys.readouterr().err)
     late = threading.Thread(target=policy_lib.roll_call, args=(store, 2, 3, 30))
     late.start()
     policy_lib.roll_call(store, 0, 3, 30)
@@ -356,6 +358,7 @@ if __name__ == "__main__":
             print(json.dumps(["sockets", found]), flush=True)
     print(json.dumps(["restarts", engine.restarts]))
     engine.close()
+    policy_lib.leave(0)
 """
 
 

@@ -16,7 +16,7 @@ import rewards
 import train_grpo
 import train_sft
 
-SECONDS = 60  # of one case; 10 MB take a few
+SECONDS = 300  # of one case; 10 MB take ten
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """train_grpo.py end to end: real vLLM, two torchrun ranks, kills, stale weights, refusals."""
 
+import contextlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, run, torchrun
+from conftest import ROOT, run, torchrun, wait_for
 
 import data
 import train_grpo
@@ -51,9 +52,9 @@ def engines_of(text):
     found = []
     for process in psutil.process_iter(["cmdline"]):
         if any("--serve" in part for part in process.info["cmdline"] or []):
-            with_files = [f.path for f in process.open_files()] if process.is_running() else []
-            if any(str(text) in path for path in with_files):
-                found.append(process)
+            with contextlib.suppress(psutil.Error):  # it ends while we look
+                if any(str(text) in file.path for file in process.open_files()):
+                    found.append(process)
     return found
 
 
@@ -62,14 +63,6 @@ def start(script, *arguments):
                 "--rdzv_endpoint", "localhost:0"]
     return subprocess.Popen([*launcher, str(ROOT / script), *arguments], cwd=ROOT, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-
-
-def wait_for(condition, process, seconds=180):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stdout.read()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +200,7 @@ if __name__ == "__main__":
             with torch.no_grad():
                 sync = {{**sync, "version": sync.get("version", 0) + 1}}
     engine.close()
+    policy_lib.leave(0)
 """)
     done = run(sys.executable, script)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -228,8 +222,10 @@ def test_mismatch_counts_masked_in_tokens_only():
 def test_faithful_flags_beta_iterations_and_cut_off_sampling_run(tmp_path, demo):
     """The options together: reference model, two iterations, sequence ratios, masked truncation, top_p and min_p."""
     output = tmp_path / "run"
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data.demo_rows("rl")[:2]))
     done = torchrun("train_grpo.py", *flags(
-        demo, output, beta=0.04, num_iterations=2, importance_sampling_level="sequence", loss_type="dapo",
+        demo, output, dataset=tmp_path / "two.jsonl", beta=0.04, num_iterations=2,
+        importance_sampling_level="sequence", loss_type="dapo",
         scale_rewards="batch", mask_truncated_completions="True", top_p=0.9, min_p=0.05, temperature=0.8,
         reward_funcs="format,cosine,length,repetition,soft_overlong", length_unit="chars", length_scope="local_batch",
         num_prompts_per_step=3, num_generations=3, max_steps=2, max_completion_length=200,
@@ -240,6 +236,9 @@ def test_faithful_flags_beta_iterations_and_cut_off_sampling_run(tmp_path, demo)
     assert 0 < rows[0]["completions/truncated"] < 1  # some are masked, some are trained on
     assert rows[0]["update/kl"] > 0 and "time/reference" in rows[0]  # of the second iteration
     assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
+    stored = rollouts(output, 1)  # three prompts out of two problems: the one that stands there twice is sampled anew
+    assert len({row["problem"] for row in stored}) == 2 and len({tuple(row["token_ids"]) for row in stored}) == 9
+    assert not list(tmp_path.glob("grpo-*"))  # the weights that were handed over are gone
 
 
 WRONG = {
@@ -264,6 +263,14 @@ def test_wrong_input_is_one_clear_line(flag, tmp_path, demo):
     assert "Traceback" not in done.stderr and not (tmp_path / "run" / "final").exists()
 
 
+@pytest.mark.parametrize(("flag", "value"), [
+    ("max_grad_norm", -1.0), ("adam_beta1", 1.0), ("adam_beta2", 1.5), ("train_fraction", 0.0), ("min_p", -0.1),
+    ("gpu_memory_utilization", 1.2), ("engine_start_timeout", 0), ("eval_num_samples", 0), ("weight_decay", -0.1)])
+def test_impossible_numbers_are_refused_by_name(flag, value):
+    with pytest.raises(ValueError, match=f"--{flag} {value}"):
+        train_grpo.check_config(train_grpo.GRPOConfig(**{flag: value}))
+
+
 def test_dry_run_prints_the_plan(tmp_path, demo):
     arguments = flags(demo, tmp_path / "run", num_prompts_per_step=16, num_generations=8)
     done = run(sys.executable, ROOT / "train_grpo.py", *arguments, "--dry_run", "True")
@@ -279,6 +286,10 @@ def test_unreadable_gold_answers_are_dropped_and_counted(tmp_path, tokenizer):
     problems, dropped = train_grpo.load_problems(str(tmp_path / "rows.jsonl"), "train", tokenizer, cfg)
     assert [p.answer for p in problems] == [r["answer"] for r in rows[:5]] + ["3"]
     assert sum(dropped.values()) == len(bad)
+    cfg.bad_gold_reward = 1.0  # as in the original, they stay and pay
+    problems, dropped = train_grpo.load_problems(str(tmp_path / "rows.jsonl"), "train", tokenizer, cfg)
+    assert [p.answer for p in problems[5:]] == ["", "\\frac{", "3"] and sum(dropped.values()) == 2
+    cfg.bad_gold_reward = None
     with pytest.raises(data.DataError, match="more than --max_malformed"):
         cfg.max_malformed = 0.01
         train_grpo.load_problems(str(tmp_path / "rows.jsonl"), "train", tokenizer, cfg)

@@ -55,7 +55,7 @@ def test_scripts_parse(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Batch shapes (RECIPES 7.1)
+# Batch shapes
 # ---------------------------------------------------------------------------------------------------------------------
 def stated_lengths(rows=7900, mean=7580, seed=0):
     """Lengths of stage 1's documents as published: mean 7.58k tokens, 0.5 % above 19,000, none above 24,000."""

@@ -325,9 +325,9 @@ def test_stuck_and_dead_workers_are_replaced_and_order_is_kept(user_file):
 
 def test_the_clock_starts_when_the_worker_takes_the_item(tmp_path):
     path = tmp_path / "slow.py"
-    path.write_text("import time\ntime.sleep(1)\ndef f(c, a):\n    time.sleep(0.3)\n    return 1\n")
-    outcomes, _ = score_batch(["x"] * 8, ["x"] * 8, function=f"{path}:f", timeout=0.9, workers=1)
-    assert outcomes == ["right"] * 8  # 8 x 0.3 s in line, and 1 s of import: far beyond 0.9 s from the start
+    path.write_text("import time\ntime.sleep(1)\ndef f(c, a):\n    time.sleep(0.5)\n    return 1\n")
+    outcomes, _ = score_batch(["x"] * 9, ["x"] * 9, function=f"{path}:f", timeout=3, workers=1)
+    assert outcomes == ["right"] * 9  # 9 x 0.5 s in line, and 1 s of import: far beyond 3 s from the start
 
 
 def test_broken_user_file_is_a_crash_and_says_why(tmp_path, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tiny_model
+from conftest import ROOT, tiny_model, wait_for
 
 import model as policy_code
 import rollout
@@ -114,7 +114,7 @@ def test_logprobs_are_those_of_the_sampled_distribution(engine, models, sampling
             expected = processed_logprobs(models["a"][1], PROMPTS[p], c.token_ids, **sampling)
             differences.append((torch.tensor(c.logprobs) - expected).abs())
     # A candidate within fp32 rounding of the min_p or top_p threshold may fall on either side: 1 token in some 900.
-    assert (torch.cat(differences) > 1e-4).float().mean() < 0.004
+    assert (torch.cat(differences) > 1e-4).float().mean() < 0.01
 
 
 def test_score_is_the_plain_softmax(engine, models):
@@ -330,8 +330,7 @@ def test_an_engine_stopped_while_it_starts_is_replaced(models, tmp_path, monkeyp
                               kv_cache_gb=0.1)
     try:
         stopped = engine.pid
-        while len(living(stopped)) < 2:                               # until the guard is there
-            time.sleep(0.01)
+        wait_for(lambda: len(living(stopped)) >= 2)                   # until the guard is there
         os.kill(stopped, signal.SIGSTOP)
         assert len(engine.score(PROBE[:8])) == 7 and engine.restarts == 1
         assert_gone(stopped)
@@ -376,8 +375,18 @@ def test_killed_while_starting_and_stop_strings(demo, tokenizer, tmp_path):
             assert c.finish_reason == "stop" and len(c.token_ids) == len(c.logprobs)
             assert stop in tokenizer.decode(c.token_ids) and stop not in tokenizer.decode(c.token_ids[:-1])
             assert c.token_ids == free[c.sample_index].token_ids[:len(c.token_ids)]
-        engine.sleep()                                            # on a CPU these two do nothing, and say so
-        engine.wake()
+        engine.sleep()                                            # on a CPU it does nothing, and says so
+    finally:
+        engine.close()
+
+
+def test_an_engine_that_is_late_is_not_started_again(models, tmp_path):
+    engine = Engine(models["a"][0], max_model_len=64, dtype="float32", log_file=tmp_path / "log", start_timeout=0.3)
+    try:
+        with pytest.raises(EngineError, match=r"not ready after 0 s \(--engine_start_timeout\)"):
+            engine.score(PROBE[:8])
+        assert engine.restarts == 0
+        assert_gone(engine.pid)
     finally:
         engine.close()
 
@@ -438,8 +447,7 @@ def test_no_engine_survives_the_trainer(models, tmp_path, state, end):
         if state == "generating":
             assert trainer.stdout.readline() == "sampling\n"
         if state == "hung":
-            while len(living(group)) < 2:                         # until the guard is there
-                time.sleep(0.01)
+            wait_for(lambda: len(living(group)) >= 2)             # until the guard is there
             os.kill(group, signal.SIGSTOP)
         if end:
             trainer.send_signal(end)
@@ -455,9 +463,9 @@ def test_child_environment_is_free_of_torchrun(monkeypatch):
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     monkeypatch.setenv("RANKING", "kept")
-    environment = rollout._child_environment("/nowhere", 2, [2, 3], 3, on_cpu=False)
+    environment = rollout._child_environment("/nowhere", 2, [2, 3], on_cpu=False)
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & set(environment)
-    assert (environment["OMP_NUM_THREADS"], environment["CUDA_VISIBLE_DEVICES"]) == ("3", "6,7")
+    assert (environment["OMP_NUM_THREADS"], environment["CUDA_VISIBLE_DEVICES"]) == ("1", "6,7")
     assert environment["RANKING"] == "kept" and environment["PATH"] == os.environ["PATH"]
 
 

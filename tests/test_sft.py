@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 import transformers
-from conftest import ROOT, run, torchrun
+from conftest import ROOT, run, torchrun, wait_for
 
 import train_sft
 
@@ -104,9 +104,7 @@ def test_sigterm_saves_and_exits(tmp_path, demo):
     output = tmp_path / "run"
     process = subprocess.Popen([sys.executable, ROOT / "train_sft.py", *flags(demo, output, max_steps=500)], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (output / "metrics.jsonl").exists() or not (output / "metrics.jsonl").read_text():
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for(lambda: (output / "metrics.jsonl").exists() and (output / "metrics.jsonl").read_text(), process)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     last = max(losses(output))
@@ -157,6 +155,7 @@ WRONG = {
     "--chat_template": ("absent.jinja", "neither tokenizer, open_r1_roles nor a file"),
     "--output_dir": ("/proc/nowhere", "opening --output_dir /proc/nowhere failed"),
     "--max_lenght": ("12", "unrecognized arguments: --max_lenght 12"),
+    "--lr_horizon": ("1", "--lr_horizon 1 is below the 2 steps to train"),
     "--shard_size": ("3", "--shard_size 3 does not divide"),
     "--max_length": ("10", "nothing to train on"),
 }
