@@ -1157,7 +1157,7 @@ def run_main(main, config_class):
         if isinstance(error, (ValueError, OSError, FloatingPointError, KeyboardInterrupt, RankFailure, Stopped)):
             pass
         elif isinstance(error, torch.OutOfMemoryError):
-            error = RankFailure(f"rank {rank}: {str(error).partition('. ')[0]}. Less is needed with a lower "
+            error = RankFailure(f"rank {rank}: {'. '.join(str(error).split('. ')[:2])}. Less is needed with a lower "
                                 "--max_length or --max_completion_length, --activation_checkpointing full, "
                                 "--vllm_sleep true, a smaller --gpu_memory_utilization, or more ranks")
         elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):

@@ -343,6 +343,17 @@ def test_a_finished_run_ends_with_status_0():
         assert done.returncode == 0, errors[-3000:]
 
 
+@pytest.mark.parametrize(("error", "said", "unsaid"), [
+    ("KeyError('a defect')", "KeyError: 'a defect'", "gloo"),
+    ("torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 44 GiB. GPU 0 has')",
+     "-c: rank 0: CUDA out of memory. Tried to allocate 44 GiB. Less is needed with", "Traceback")])
+def test_how_a_run_ends_that_fails(error, said, unsaid):
+    program = ("import torch, model, train_sft\ndef main(cfg):\n    model.setup_distributed(2)\n"
+               f"    raise {error}\nmodel.run_main(main, train_sft.SFTConfig)")
+    done = run(sys.executable, "-c", program)
+    assert done.returncode == 1 and said in done.stderr and unsaid not in done.stderr, done.stderr
+
+
 def test_damaged_checkpoints_are_seen(tmp_path, ctx):
     tiny_model(tmp_path / "model")
     model = policy_lib.load_policy(tmp_path / "model", ctx)
