@@ -43,7 +43,8 @@ def short_data(tmp_path_factory, demo):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, demo, short_data):
     output = tmp_path_factory.mktemp("runs") / "unbroken"
-    done = torchrun("train_sft.py", *flags(demo, output, dataset=short_data, max_steps=10, warmup_ratio=0.2))
+    done = torchrun("train_sft.py", *flags(demo, output, dataset=short_data, max_steps=10, lr_horizon=12,
+                                           warmup_ratio=0.2))
     assert done.returncode == 0, done.stderr[-3000:]
     return output
 
@@ -57,7 +58,7 @@ def test_sft_loss_is_a_sum_over_one_count():
 
 def test_killed_and_resumed_equals_unbroken(tmp_path, demo, short_data, unbroken):
     output = tmp_path / "run"
-    arguments = flags(demo, output, dataset=short_data, max_steps=10, warmup_ratio=0.2, save_steps=5)
+    arguments = flags(demo, output, dataset=short_data, max_steps=10, lr_horizon=12, warmup_ratio=0.2, save_steps=5)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
                 "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     process = subprocess.Popen([*launcher, ROOT / "train_sft.py", *arguments], cwd=ROOT,
@@ -83,7 +84,7 @@ def test_killed_and_resumed_equals_unbroken(tmp_path, demo, short_data, unbroken
 
 
 def test_other_data_or_flags_are_refused_on_resume(demo, short_data, unbroken):
-    base = {"max_steps": 12, "lr_horizon": 10, "warmup_ratio": 0.2, "resume": "True"}
+    base = {"max_steps": 12, "lr_horizon": 12, "warmup_ratio": 0.2, "resume": "True"}
     before = short_data.read_text()
     try:
         short_data.write_text(before.replace("double", "triple"))
