@@ -188,6 +188,10 @@ def together(ctx, what):
         raise RankFailure(f"{what} failed on {'; '.join(failed)}") from error
 
 
+def heartbeat_store():
+    return dist.PrefixStore("heartbeat", dist.distributed_c10d._get_default_store())
+
+
 def start_heartbeat(ctx, deadline):
     """
     Name a rank that stops responding (frozen machine, SIGSTOP) and end this one, instead of waiting for ever.
@@ -197,11 +201,13 @@ def start_heartbeat(ctx, deadline):
     `deadline` seconds is printed with its host and process, killed if it is on this machine (a stopped process ignores
     torchrun's SIGTERM), and this process exits with status 75; torchrun then ends the rest. The store itself may be
     what is silent: where the machine that serves it lost power, a read blocks for hours. A second thread sees that no
-    round of beats ends and does the same. Steady clock: a jump of the wall clock changes nothing.
+    round of beats ends and does the same. And a rank may have failed and left while others wait for it in a collective
+    on their GPUs, where they are deaf to SIGTERM: those end half a minute later. Steady clock: a jump of the wall clock
+    changes nothing.
     """
     if ctx.world_size == 1:
         return
-    store = dist.PrefixStore("heartbeat", dist.distributed_c10d._get_default_store())
+    store = heartbeat_store()
     # A process id means something within one kernel and one pid namespace; host names repeat (clones, containers).
     machine = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.stat('/proc/self/ns/pid').st_ino}"
     store.set(f"who/{ctx.rank}", json.dumps([machine, os.uname().nodename, os.getpid()]))
@@ -218,13 +224,17 @@ def start_heartbeat(ctx, deadline):
         os._exit(75)
 
     def beat():
-        seen, last_round = {}, time.monotonic()
+        seen, last_round, failed_since = {}, time.monotonic(), None
         while True:
             if time.monotonic() - last_round > deadline / 2:  # we were stopped too (a suspended job): start anew
                 seen.clear()
             last_round = time.monotonic()
             try:
                 store.set(f"beat/{ctx.rank}", str(rounds[0]))
+                if store.check(["failed"]):
+                    failed_since = failed_since or time.monotonic()
+                    if (waited := time.monotonic() - failed_since) > min(30.0, deadline):
+                        end(f"rank {store.get('failed').decode()} has failed, and this rank is still there", waited, 0)
                 for rank in range(ctx.world_size):
                     value = store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b""
                     last, since = seen.get(rank, (None, None))
@@ -1009,9 +1019,17 @@ def stop_on_signal(ctx):
     previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: bool(sum_over_ranks(ctx, len(received))[0])
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    except BaseException:
+        ignore_signals()
+        raise
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+def ignore_signals():
+    """For a run that has failed: torchrun ends all ranks when one leaves, and clean-up and last line come first."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1151,9 +1169,11 @@ def run_main(main, config_class):
     try:
         main(cfg)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  (the program ends here, and each is printed)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # torchrun ends the others at once: our line comes first
+        ignore_signals()
         rank = os.environ.get("RANK", 0)
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):
+                heartbeat_store().set("failed", str(rank))
         if isinstance(error, (ValueError, OSError, FloatingPointError, KeyboardInterrupt, RankFailure, Stopped)):
             pass
         elif isinstance(error, torch.OutOfMemoryError):
