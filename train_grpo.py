@@ -37,7 +37,7 @@ import shutil
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -300,7 +300,7 @@ def load_problems(dataset, split, tokenizer, cfg):
             elif answer is None or isinstance(answer, (dict, bool)):
                 reason = f"no answer in column {cfg.answer_column!r}"
             elif (gold := reward_lib.gold_answer(answer)) is None:
-                gold = str(answer)
+                gold = str(answer) if reward_lib.gold_answer(str(answer)) is None else ""  # a float nan is none
                 reason = "answer that the grader cannot read" if cfg.bad_gold_reward is None else None
         if reason is None:
             prompt_ids = data.chat_prompt_ids(tokenizer, problem, system_prompt)
@@ -438,18 +438,27 @@ def policy_logprobs(model, batch, cfg):
 
 
 def sync_folder(cfg):
-    """This run's folder below --sync_dir; named after output_dir, so that a resumed run finds and clears it."""
+    """This run's folder below --sync_dir; named after output_dir, so that a resumed run finds it."""
     return Path(cfg.sync_dir, "grpo-" + Path(cfg.output_dir).resolve().as_posix().strip("/").replace("/", "-"))
 
 
 @contextmanager
 def weights_handed_over(cfg, ctx):
-    """However a run ends, its versions leave --sync_dir: on /dev/shm they are memory, 28 GB of it for 14B."""
+    """
+    A run's versions leave --sync_dir when it ends: on /dev/shm they are memory, 28 GB of it for 14B.
+
+    Those of a run that was killed leave before the next one needs the room.
+    """
+    def remove():
+        if ctx.local_rank == 0:
+            shutil.rmtree(sync_folder(cfg), ignore_errors=True)
+
+    with policy_lib.together(ctx, "removing a killed run's weights"):
+        remove()
     try:
         yield
     finally:
-        if ctx.local_rank == 0:
-            shutil.rmtree(sync_folder(cfg), ignore_errors=True)
+        remove()
 
 
 def publish(model, engine, ctx, probe_ids, previous, version, cfg):
@@ -539,7 +548,9 @@ def main(cfg):
         problems, dropped = load_problems(cfg.dataset, cfg.dataset_split, tokenizer, cfg)
         if cfg.train_fraction < 1:
             problems = random.Random(2025).sample(problems, max(1, round(cfg.train_fraction * len(problems))))
-        eval_problems = load_problems(cfg.eval_dataset, cfg.eval_split, tokenizer, cfg)[0] if cfg.eval_dataset else []
+        readable = replace(cfg, bad_gold_reward=None)  # nobody answers an unreadable one right
+        eval_problems = (load_problems(cfg.eval_dataset, cfg.eval_split, tokenizer, readable)[0]
+                         if cfg.eval_dataset else [])
     with policy_lib.together(ctx, "comparing the problems with the benchmarks"):
         if ctx.is_main:
             data.warn_of_contamination(cfg.dataset, cfg.benchmark_dir, cfg.dataset_split, cfg.problem_column)
@@ -776,9 +787,7 @@ def rollout_metrics(groups, lengths, truncated, rewards):
 
 def evaluate(engine, layout, ctx, problems, cfg, tokenizer):
     """Accuracy and length on held-out problems with the training's own engines and sampling; keys start with eval/."""
-    import dataclasses
-
-    eval_cfg = dataclasses.replace(cfg, num_generations=cfg.eval_num_samples, seed=cfg.seed + 1)
+    eval_cfg = replace(cfg, num_generations=cfg.eval_num_samples, seed=cfg.seed + 1)
     # step -1: the same seeds at every evaluation, so that two evaluations differ by the weights alone
     groups = sample_groups(engine, layout, ctx, problems, list(range(len(problems))), -1, 0, eval_cfg, tokenizer,
                            Timer())

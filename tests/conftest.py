@@ -69,10 +69,15 @@ def torchrun(script, *flags, ranks=2, timeout=300):
     return run(*launcher, ROOT / script, *flags, timeout=timeout)
 
 
-def wait_for(condition, process=None, seconds=180):
-    """Return once condition() is true; fail when the subprocess.Popen ends before, or when the seconds are over."""
+def wait_for(condition, process=None, seconds=180, said=lambda: ""):
+    """
+    Return once condition() is true; fail when the subprocess.Popen ends before, or when the seconds are over.
+
+    said: a function that returns what the process has printed, for the failure's message.
+    """
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process is None or process.poll() is None, process.stdout and process.stdout.read()[-3000:]
-        assert time.monotonic() < deadline, f"still waiting after {seconds} s"
+        if process is not None and process.poll() is not None:
+            raise AssertionError(said() or (process.stdout and process.stdout.read()[-3000:]))
+        assert time.monotonic() < deadline, f"still waiting after {seconds} s: {said()}"
         time.sleep(0.01)

@@ -20,6 +20,7 @@ from conftest import ROOT, run, wait_for
 import model as policy_lib
 import rewards
 import rollout
+import train_grpo
 import train_sft
 
 STEPS = 18
@@ -73,7 +74,8 @@ class Program:
         return sorted(ranks, key=lambda child: child.environ()["RANK"])
 
     def reach(self, output, step):
-        wait_for(lambda: max(losses(output), default=0) >= step, self.processes[0])
+        wait_for(lambda: max(losses(output), default=0) >= step, self.processes[0],
+                 said=lambda: self.text[-3000:])
 
     def end(self, timeout=300):
         return [process.wait(timeout) for process in self.processes]
@@ -249,6 +251,61 @@ def test_a_rank_that_freezes_before_the_first_step_is_named(tmp_path, demo, rows
     assert program.end() != [0]
     assert re.search(r"rank 0: rank 1 \(host \S+, process \d+\) has not responded for \d+ s \(--heartbeat_timeout 6\), "
                      r"while starting. This run ends", program.text), program.text[-3000:]
+
+
+NEVER_STARTS = """
+import os, signal
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGSTOP)
+import model as policy_lib, train_sft
+if __name__ == "__main__":
+    policy_lib.run_main(train_sft.main, train_sft.SFTConfig)
+"""
+
+
+def test_a_rank_that_never_starts_is_named(tmp_path, demo, rows):
+    (tmp_path / "script.py").write_text(NEVER_STARTS)
+    program = Program(tmp_path, flags(demo, rows, tmp_path / "run", timeout_minutes=0.1), script=tmp_path / "script.py",
+                      PYTHONPATH=str(ROOT))
+    wait_for(lambda: re.search(r"rank 0 has waited \d+ s \(--timeout_minutes 0.1\) for ranks \[1\] to start",
+                               program.text), program.processes[0], said=lambda: program.text[-3000:])
+    for child in psutil.Process(program.processes[0].pid).children():
+        child.kill()  # torchrun would do so after --shutdown_timeout
+    assert program.end() != [0]
+
+
+FAILS_ALONE = """
+import os, signal, time
+import model as policy_lib, train_sft
+def main(cfg):
+    ctx = policy_lib.setup_distributed(2)
+    policy_lib.start_heartbeat(ctx, 6)
+    if ctx.rank == 1:
+        raise KeyError("a defect")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # like a rank in a collective of its GPU
+    time.sleep(600)
+if __name__ == "__main__":
+    policy_lib.run_main(main, train_sft.SFTConfig)
+"""
+
+
+def test_a_rank_that_waits_for_a_failed_one_ends(tmp_path):
+    (tmp_path / "script.py").write_text(FAILS_ALONE)
+    program = Program(tmp_path, [], script=tmp_path / "script.py", PYTHONPATH=str(ROOT))
+    assert program.end() != [0]
+    assert "KeyError: 'a defect'" in program.text
+    assert re.search(r"rank 0: rank 1 has failed, and this rank is still there for \d+ s", program.text), program.text
+
+
+def test_weights_leave_the_sync_folder_however_a_run_ends(tmp_path, ctx):
+    cfg = train_grpo.GRPOConfig(sync_dir=str(tmp_path), output_dir="runs/x")
+    left = train_grpo.sync_folder(cfg) / "node-0/version-000003"
+    left.mkdir(parents=True)  # by a run that was killed
+    with pytest.raises(ZeroDivisionError), train_grpo.weights_handed_over(cfg, ctx):
+        assert not left.exists()
+        left.mkdir(parents=True)
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
 
 
 def test_ranks_that_do_not_start_are_named(capsys):

@@ -279,7 +279,7 @@ def test_dry_run_prints_the_plan(tmp_path, demo):
 
 def test_unreadable_gold_answers_are_dropped_and_counted(tmp_path, tokenizer):
     bad = [{"problem": "x", "answer": ""}, {"problem": "x", "answer": "\\frac{"}, {"problem": "", "answer": "1"},
-           {"problem": "x"}]
+           {"problem": "x"}, {"problem": "x", "answer": float("inf")}]
     rows = [*data.demo_rows("rl")[:5], *bad, {"problem": "x", "answer": 3.0}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     cfg = train_grpo.GRPOConfig(system_prompt="none", max_malformed=0.9)
@@ -288,7 +288,7 @@ def test_unreadable_gold_answers_are_dropped_and_counted(tmp_path, tokenizer):
     assert sum(dropped.values()) == len(bad)
     cfg.bad_gold_reward = 1.0  # as in the original, they stay and pay
     problems, dropped = train_grpo.load_problems(str(tmp_path / "rows.jsonl"), "train", tokenizer, cfg)
-    assert [p.answer for p in problems[5:]] == ["", "\\frac{", "3"] and sum(dropped.values()) == 2
+    assert [p.answer for p in problems[5:]] == ["", "\\frac{", "", "3"] and sum(dropped.values()) == 2
     cfg.bad_gold_reward = None
     with pytest.raises(data.DataError, match="more than --max_malformed"):
         cfg.max_malformed = 0.01
