@@ -287,7 +287,8 @@ def benchmark_source(name, benchmark_dir):
         return name.replace(":", "-") if name.startswith("demo") else Path(name).stem, name, "test"
     if not benchmark_dir:
         return name, *data.BENCHMARKS[name]
-    candidates = [Path(benchmark_dir, name + ending) for ending in (".json", ".jsonl", "_test.jsonl")]
+    endings = (".json", ".jsonl", ".parquet", "_test.jsonl")
+    candidates = [Path(benchmark_dir, name + ending) for ending in endings]
     found = [path for path in candidates if path.is_file()]
     if not found:
         raise ValueError(f"--benchmark_dir {benchmark_dir} has none of {', '.join(p.name for p in candidates)}")

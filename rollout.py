@@ -412,7 +412,7 @@ class Engine:
             try:
                 answer = _receive(self._connection, deadline)
             except (OSError, EOFError) as error:
-                raise _EngineDied(self._cause_of_death(error)) from error
+                raise _EngineDied(self._cause_of_death(error, starting=call == 0)) from error
             if answer["call"] == call:
                 if "refused" in answer:
                     raise EngineError(f"the engine refused the request: {answer['refused']}")
@@ -428,11 +428,11 @@ class Engine:
             except _EngineDied as death:
                 self._restart(death)
 
-    def _cause_of_death(self, error: Exception) -> str:
+    def _cause_of_death(self, error: Exception, starting: bool = False) -> str:
         if isinstance(error, TimeoutError):
-            if self._ready:
-                return f"no new token or answer for {self.stall_timeout:.0f} s (--engine_stall_timeout)"
-            return f"not ready after {self.start_timeout:.0f} s (--engine_start_timeout)"
+            if starting:
+                return f"not ready after {self.start_timeout:.0f} s (--engine_start_timeout)"
+            return f"no new token or answer for {self.stall_timeout:.0f} s (--engine_stall_timeout)"
         try:
             code = self._process.wait(10)
         except subprocess.TimeoutExpired:
@@ -467,7 +467,7 @@ class Engine:
         self._kill()
         # A bad flag or model fails the same way each time, or is as slow: say so at once. An engine that has worked, or
         # that somebody else killed (a negative code), is worth another try.
-        late = not self._ready and time.monotonic() > self._start_deadline
+        late = not self._ready and isinstance(death.__cause__, TimeoutError)
         if not self._has_answered and (self._process.returncode > 0 or late):
             raise EngineError(f"the engine could not start or answer its first request ({death}){self._log_tail()}")
         if self.restarts >= self.max_restarts:

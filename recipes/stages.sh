@@ -5,8 +5,8 @@
 #   bash recipes/NAME.sh STAGE --dry_run            print the plan, load nothing
 #   bash recipes/NAME.sh --faithful [STAGE [flags]] with the originals' oddities, into a run folder of its own
 #
-# From the environment: MODEL, RUN (output folder), BENCHMARKS (a folder of benchmarks, or hub), GPUS (per machine), NODES,
-# LAUNCH (instead of torchrun on this machine).
+# From the environment: MODEL, RUN (output folder), BENCHMARKS (a folder of files such as aime24.jsonl, or hub), GPUS (per
+# machine), NODES, LAUNCH (instead of torchrun on this machine).
 
 # shellcheck source=recipes/setup.sh
 source recipes/setup.sh

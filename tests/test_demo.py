@@ -3,7 +3,9 @@
 import json
 import re
 
+import torch
 from conftest import ROOT, run
+from transformers import AutoModelForCausalLM
 
 
 def test_the_miniature_recipe(tmp_path):
@@ -28,6 +30,9 @@ def test_the_miniature_recipe(tmp_path):
     assert accuracy["base"] < 5 and min(accuracy["SFT"], accuracy["SFT + GRPO"]) > 18
     assert (output / "eval/budgets.png").stat().st_size > 10_000
     steps = [json.loads(line) for line in (output / "grpo/metrics.jsonl").read_text().splitlines()]
+    assert all(step["grad_norm"] > 0 for step in steps)
+    sft, grpo = (AutoModelForCausalLM.from_pretrained(output / stage / "final") for stage in ("sft", "grpo"))
+    assert not any(torch.equal(*pair) for pair in zip(sft.parameters(), grpo.parameters(), strict=True))
     assert steps[-1]["completions/mean_length"] < 1.3 * steps[0]["completions/mean_length"]  # six steps are noise
 
 
