@@ -234,7 +234,7 @@ def start_heartbeat(ctx, deadline):
                 if store.check(["failed"]):
                     failed_since = failed_since or time.monotonic()
                     if (waited := time.monotonic() - failed_since) > min(30.0, deadline):
-                        end(f"rank {store.get('failed').decode()} has failed, and this rank is still there", waited, 0)
+                        end(f"rank {store.get('failed').decode()} has failed and left this one waiting", waited, 0)
                 for rank in range(ctx.world_size):
                     value = store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b""
                     last, since = seen.get(rank, (None, None))

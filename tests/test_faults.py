@@ -294,7 +294,7 @@ def test_a_rank_that_waits_for_a_failed_one_ends(tmp_path):
     program = Program(tmp_path, [], script=tmp_path / "script.py", PYTHONPATH=str(ROOT))
     assert program.end() != [0]
     assert "KeyError: 'a defect'" in program.text
-    assert re.search(r"rank 0: rank 1 has failed, and this rank is still there for \d+ s", program.text), program.text
+    assert re.search(r"rank 0: rank 1 has failed and left this one waiting for \d+ s", program.text), program.text
 
 
 def test_weights_leave_the_sync_folder_however_a_run_ends(tmp_path, ctx):
