@@ -233,7 +233,7 @@ def start_heartbeat(ctx, deadline):
                 store.set(f"beat/{ctx.rank}", str(rounds[0]))
                 if store.check(["failed"]):
                     failed_since = failed_since or time.monotonic()
-                    if (waited := time.monotonic() - failed_since) > min(30.0, deadline):
+                    if (waited := time.monotonic() - failed_since) > min(30.0, deadline / 2):
                         end(f"rank {store.get('failed').decode()} has failed and left this one waiting", waited, 0)
                 for rank in range(ctx.world_size):
                     value = store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b""

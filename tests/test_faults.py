@@ -279,7 +279,7 @@ import os, signal, time
 import model as policy_lib, train_sft
 def main(cfg):
     ctx = policy_lib.setup_distributed(2)
-    policy_lib.start_heartbeat(ctx, 6)
+    policy_lib.start_heartbeat(ctx, 12)
     if ctx.rank == 1:
         raise KeyError("a defect")
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # like a rank in a collective of its GPU
