@@ -139,8 +139,11 @@ def strike(role, *signals):
         if not victims:
             return False
         victim = rng.choice(victims)
-        for number in signals:
-            victim.send_signal(number)
+        for i, number in enumerate(signals):
+            try:
+                victim.send_signal(number)
+            except psutil.NoSuchProcess:
+                return i > 0  # it ended by itself, or by the first of two signals
             time.sleep(0.05)
         return True
     return fault
