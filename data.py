@@ -363,7 +363,7 @@ def pack(lengths, capacity):
     return packs
 
 
-def deal(costs, ranks):
+def assign_to_ranks(costs, ranks):
     """
     Packs of one optimizer step per rank: equal counts, and packs of nearly equal cost at the same time.
 
@@ -383,7 +383,7 @@ def deal(costs, ranks):
     return hands
 
 
-def balance(costs, ranks):
+def split_evenly(costs, ranks):
     """Indices per rank with nearly equal total cost: the largest goes to the least loaded rank (LPT); deterministic."""
     hands, load = [[] for _ in range(ranks)], [0.0] * ranks
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

@@ -117,7 +117,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Graded:
+class GradedSample:
     """One completion as far as scoring needs it."""
 
     answer: str | None  # content of its box
@@ -168,21 +168,21 @@ def majority_answer(answers):
 
 
 def grade_completions(golds, texts, lengths, finish_reasons, answer_scope="full"):
-    """P lists of n Graded from nested (P, n) lists; golds: (P,), each a string or a list of accepted strings."""
+    """P lists of n GradedSample from nested (P, n) lists; golds: (P,), each a string or a list of accepted strings."""
     graded = []
     for gold, *samples in zip(golds, texts, lengths, finish_reasons, strict=True):
         accepted = [gold] if isinstance(gold, str) else gold
         by_gold = [reward_lib.score_batch(samples[0], [g] * len(samples[0]), answer_scope)[0] for g in accepted]
         outcomes = ["right" if "right" in found else found[0] for found in zip(*by_gold, strict=True)]
         graded.append([
-            Graded(reward_lib.extract_answer(text, answer_scope), outcome, length, reason == "stop")
+            GradedSample(reward_lib.extract_answer(text, answer_scope), outcome, length, reason == "stop")
             for text, length, reason, outcome in zip(*samples, outcomes, strict=True)])
     return graded
 
 
 def problem_metrics(samples, budget):
     """
-    {metric: (numerator, denominator)} of one problem's n Graded at one budget.
+    {metric: (numerator, denominator)} of one problem's n GradedSample at one budget.
 
     A benchmark's metric is the sum of numerators over the sum of denominators: a mean over problems where the
     denominator is 1, a mean over answered samples for tokens_answered.
@@ -510,7 +510,7 @@ def score_benchmark(cfg, folder, benchmark, samples, budgets):
     """
     Grade a model's samples of one benchmark and score every budget; writes grades-NAME.jsonl and metrics-NAME.json.
 
-    Returns {"ids": P problem ids, "graded": P lists of n Graded, "metrics": {budget: as summarise returns}}.
+    Returns {"ids": P problem ids, "graded": P lists of n GradedSample, "metrics": {budget: as summarise returns}}.
     Raises ValueError if samples are missing, or a budget is larger than what was generated.
     """
     if not (folder / f"problems-{benchmark}.jsonl").exists():

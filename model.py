@@ -170,7 +170,7 @@ class RankFailure(RuntimeError):
 
 
 @contextlib.contextmanager
-def together(ctx, what):
+def raise_on_all_ranks(ctx, what):
     """
     Run a block on every rank and agree on its outcome: an error on one rank is raised on all of them.
 
@@ -282,7 +282,7 @@ def shutdown_distributed(ctx):
     dist.destroy_process_group()
 
 
-def leave(status):
+def exit_process(status):
     """
     End this process at once; the last line of every program that has a process group.
 
@@ -450,7 +450,7 @@ def model_folder(path, ctx=None, weights=True):
     fetch = partial(snapshot_download, str(path), allow_patterns=patterns)
     if ctx is None:
         return Path(fetch())
-    with together(ctx, f"downloading {path}"):
+    with raise_on_all_ranks(ctx, f"downloading {path}"):
         if ctx.local_rank == 0:
             fetch()
     return Path(fetch(local_files_only=True))
@@ -601,7 +601,7 @@ def load_weights(model, folder, ctx):
     """
     from safetensors import SafetensorError, safe_open
 
-    with together(ctx, f"loading {folder}"), torch.no_grad():
+    with raise_on_all_ranks(ctx, f"loading {folder}"), torch.no_grad():
         files = safetensors_files(folder)
         weights = named_weights(model)
         missing = [name for name, _ in weights if name not in files]
@@ -738,7 +738,7 @@ def save_hf(model, folder, ctx, dtype=torch.bfloat16, tokenizer=None, generation
 
     folder, temporary = Path(folder), Path(f"{folder}.tmp")
     group_rank, group_size = (ctx.local_rank, ctx.local_world_size) if one_per_node else (ctx.rank, ctx.world_size)
-    with together(ctx, f"creating {temporary}"):
+    with raise_on_all_ranks(ctx, f"creating {temporary}"):
         if group_rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -767,7 +767,7 @@ def save_hf(model, folder, ctx, dtype=torch.bfloat16, tokenizer=None, generation
     fingerprint = sum(gather_objects(ctx, fingerprint)[:group_size]) % (1 << 63)  # ranks 0.. hold the first full copy
 
     flag = "--sync_dir" if one_per_node else "--output_dir"
-    with together(ctx, f"writing {folder} (is the disk of {flag} full?)"):
+    with raise_on_all_ranks(ctx, f"writing {folder} (is the disk of {flag} full?)"):
         if mine:
             save_file(mine, temporary / shard_name[group_rank], metadata={"format": "pt"})
         if group_rank == 0:
@@ -781,7 +781,7 @@ def save_hf(model, folder, ctx, dtype=torch.bfloat16, tokenizer=None, generation
                 tokenizer.save_pretrained(temporary)
             if generation_config is not None:
                 generation_config.save_pretrained(temporary)
-    with together(ctx, f"publishing {folder}"):
+    with raise_on_all_ranks(ctx, f"publishing {folder}"):
         if group_rank == 0:
             if durable:
                 fsync_folder(temporary)
@@ -834,7 +834,7 @@ def save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step, trainer_
 
     folder = checkpoint_folder(output_dir, step)
     temporary = Path(f"{folder}.tmp")
-    with together(ctx, f"creating {temporary}"):
+    with raise_on_all_ranks(ctx, f"creating {temporary}"):
         if ctx.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -851,10 +851,10 @@ def save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step, trainer_
         raise RankFailure(f"saving {folder} failed ({type(reason).__name__}: {str(reason).split(chr(10))[0]}); "
                           f"{free:.2f} GB are free on the disk of --output_dir. "
                           f"Earlier checkpoints are untouched: {earlier}") from error
-    with together(ctx, f"checksumming {folder}"):
+    with raise_on_all_ranks(ctx, f"checksumming {folder}"):
         own = {p.name: [p.stat().st_size, file_crc32(p)] for p in temporary.glob(f"__{ctx.rank}_*.distcp")}
     manifest = {name: entry for part in gather_objects(ctx, own) for name, entry in part.items()}
-    with together(ctx, f"publishing {folder}"):
+    with raise_on_all_ranks(ctx, f"publishing {folder}"):
         if ctx.is_main:
             trainer = {"step": step, "world_size": ctx.world_size, "scheduler": scheduler.state_dict(), **trainer_state}
             (temporary / "trainer.json").write_text(json.dumps(trainer))
@@ -890,7 +890,7 @@ def newest_checkpoint(output_dir, ctx):
     Folder of the newest intact checkpoint on every rank, or None. Damaged ones are named and passed over, loudly.
     """
     choice = [None]
-    with together(ctx, f"looking for a checkpoint in {output_dir}"):
+    with raise_on_all_ranks(ctx, f"looking for a checkpoint in {output_dir}"):
         if ctx.is_main:
             for step in reversed(checkpoint_steps(output_dir)):
                 defect = checkpoint_defect(checkpoint_folder(output_dir, step))
@@ -926,7 +926,7 @@ def load_checkpoint(model, optimizer, scheduler, ctx, folder):
     return trainer
 
 
-def is_complete(output_dir, checkpoint, step, total_steps):
+def nothing_left_to_train(output_dir, checkpoint, step, total_steps):
     """Whether nothing is left to do: no step, and no `final` that a run killed after its last checkpoint still owes."""
     final = Path(output_dir, "final", "config.json")
     if step != total_steps or not final.is_file():
@@ -961,7 +961,7 @@ def open_run(ctx, cfg, free_to_change, identity):
     from dataclasses import asdict
 
     output_dir, lock = Path(cfg.output_dir), None
-    with together(ctx, f"opening --output_dir {output_dir}"):
+    with raise_on_all_ranks(ctx, f"opening --output_dir {output_dir}"):
         if ctx.is_main:
             output_dir.mkdir(parents=True, exist_ok=True)
             lock = open(output_dir / ".lock", "w")  # held until the process ends, however it ends
@@ -976,7 +976,7 @@ def open_run(ctx, cfg, free_to_change, identity):
             for unfinished in (output_dir / "checkpoints").glob("step-*.*"):  # of a save that was killed or had no room
                 shutil.rmtree(unfinished)
     checkpoint = newest_checkpoint(output_dir, ctx) if cfg.resume else None
-    with together(ctx, "resuming"):
+    with raise_on_all_ranks(ctx, "resuming"):
         if cfg.resume and checkpoint is None:
             raise ValueError(f"--resume: {output_dir}/checkpoints holds no intact checkpoint; to start from the "
                              "beginning drop --resume, and remove the damaged checkpoints if there are any")
@@ -992,7 +992,7 @@ def open_run(ctx, cfg, free_to_change, identity):
                                  "Use the same, or add --force to go on regardless")
             if changed and ctx.is_main:
                 print(f"--force: resuming although these differ: {differences}", file=sys.stderr)
-    with together(ctx, f"writing {output_dir}/config.json"):
+    with raise_on_all_ranks(ctx, f"writing {output_dir}/config.json"):
         if ctx.is_main:
             facts = {**asdict(cfg), "world_size": ctx.world_size, "git_commit": git_commit(),
                      "versions": versions(), **identity}
@@ -1186,7 +1186,7 @@ def run_main(main, config_class):
                                 f"--timeout_minutes ({reason}); start it again with --resume")
         else:
             sys.excepthook(*sys.exc_info())  # a defect, for which a traceback is the right message
-            leave(1)
+            exit_process(1)
         # Before the process group stands, bad flags fail all ranks alike; a lost connection is one rank's own news.
         own_news = isinstance(error, (RankFailure, ConnectionError))
         first = dist.is_initialized() or os.environ.get("RANK", "0") == "0" or own_news
@@ -1196,7 +1196,7 @@ def run_main(main, config_class):
         if first:
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         status = {Stopped: 128 + signal.SIGTERM, KeyboardInterrupt: 128 + signal.SIGINT}.get(type(error), 1)
-    leave(status)
+    exit_process(status)
 
 
 class RunLog:

@@ -1407,7 +1407,7 @@ class RewardOptions:
 
 
 @dataclasses.dataclass
-class Scored:
+class RewardedGroup:
     """Rewards of the G completions of one prompt."""
 
     parts: dict  # name of the reward -> G floats, before weights
@@ -1545,7 +1545,7 @@ def score_batch(completions, golds, scope="full", function=None, timeout=10.0, w
 
 def rewards_for_group(texts, gold, options, *, lengths, truncated):
     """
-    Score the G completions of one prompt -> Scored.
+    Score the G completions of one prompt -> RewardedGroup.
 
     texts: G strings; gold: the gold answer; options: RewardOptions (or a dataclass that inherits it); lengths: G token
     counts; truncated: G bools, True if cut off at the limit. With length_scope local_batch call
@@ -1570,7 +1570,7 @@ def rewards_for_group(texts, gold, options, *, lengths, truncated):
         else:
             values = user_part(name, texts, gold, outcomes, options)
         parts[part_name(name)] = values
-    return Scored(parts, weighted_totals(parts, correct, options), outcomes, correct, units)
+    return RewardedGroup(parts, weighted_totals(parts, correct, options), outcomes, correct, units)
 
 
 def judge(texts, gold, options):
@@ -1583,7 +1583,7 @@ def judge(texts, gold, options):
 
 
 def part_name(name):
-    """Key of a reward in Scored.parts and in the logs: its name, of a user's file.py:function the function's."""
+    """Key of a reward in RewardedGroup.parts and in the logs: its name, of a user's file.py:function the function's."""
     return name.rpartition(":")[2]
 
 
@@ -1623,7 +1623,7 @@ def rescore_length_over_batch(scored, options):
     """
     length_scope local_batch (oddity 2): shortest and longest over length_prompts consecutive groups, in place.
 
-    scored: list of Scored in the order of the prompts.
+    scored: list of RewardedGroup in the order of the prompts.
     """
     if options.length_scope != "local_batch" or all("length" not in s.parts for s in scored):
         return
@@ -1905,7 +1905,7 @@ def regrade(run, output=None):
 
 
 def regrade_group(rows, options):
-    """Scored of one group's stored rows; a part that does not depend on correctness stays as stored."""
+    """RewardedGroup of one group's stored rows; a part that does not depend on correctness stays as stored."""
     lengths = [len(row["text"]) if options.length_unit == "chars" else row["length"] for row in rows]
     outcomes, correct = judge([row["text"] for row in rows], rows[0]["answer"], options)
     outcomes = [row["outcome"] if row.get("outcome") in ("timeout", "crash") else now
@@ -1916,7 +1916,7 @@ def regrade_group(rows, options):
         key = part_name(name)
         parts[key] = (correctness_part(name, correct, lengths, truncated, options) if name in NEED_CORRECT
                       else [row["rewards"].get(key, math.nan) for row in rows])
-    return Scored(parts, weighted_totals(parts, correct, options), outcomes, correct, lengths)
+    return RewardedGroup(parts, weighted_totals(parts, correct, options), outcomes, correct, lengths)
 
 
 def main():

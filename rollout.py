@@ -134,11 +134,11 @@ def publish_weights(model, sync_dir: str, version: int, dtype, ctx) -> tuple[str
         rank, and equal for two versions only if their weights are.
     Raises: model.RankFailure on every rank if any machine lacks the space.
     """
-    from model import save_hf, together
+    from model import raise_on_all_ranks, save_hf
 
     folder = Path(sync_dir) / f"node-{ctx.rank // ctx.local_world_size}" / f"version-{version:06d}"
     needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize      # numel of a DTensor: the whole tensor's
-    with together(ctx, "publishing weights"):       # a rank that raised alone would leave the others waiting
+    with raise_on_all_ranks(ctx, "publishing weights"):       # a rank that raised alone would leave the others waiting
         folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.parent).free
         if free < 1.02 * needed:                    # 2% for headers and block rounding

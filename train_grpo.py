@@ -345,7 +345,7 @@ def sample_groups(engine, layout, ctx, problems, chosen, step, cursor, cfg, toke
     """
     mine = {}
     limit = longest_sequence(cfg)
-    with policy_lib.together(ctx, f"the rollout of step {step + 1}" if step >= 0 else "the evaluation"):
+    with policy_lib.raise_on_all_ranks(ctx, f"the rollout of step {step + 1}" if step >= 0 else "the evaluation"):
         if engine is not None:
             numbers = list(range(layout.index, len(chosen), layout.count))
             group_problems = [problems[chosen[i]] for i in numbers]
@@ -405,10 +405,10 @@ def micro_batches(rows, config, ranks, max_tokens):
     costs = [policy_lib.flops_per_pack(config, [size]) for size in sizes]
     turns, fits = math.ceil(sum(sizes) / (max_tokens * ranks)), False
     while not fits:  # ends: with a bin for every row, none is larger than the longest row
-        bins = data.balance(costs, turns * ranks)
+        bins = data.split_evenly(costs, turns * ranks)
         fits = all(sum(sizes[i] for i in members) <= max_tokens for members in bins)
         turns += 1
-    hands = data.deal([sum(costs[i] for i in members) for members in bins], ranks)
+    hands = data.assign_to_ranks([sum(costs[i] for i in members) for members in bins], ranks)
     return [[bins[i] for i in hand] for hand in hands]
 
 
@@ -453,7 +453,7 @@ def weights_handed_over(cfg, ctx):
         if ctx.local_rank == 0:
             shutil.rmtree(sync_folder(cfg), ignore_errors=True)
 
-    with policy_lib.together(ctx, "removing a killed run's weights"):
+    with policy_lib.raise_on_all_ranks(ctx, "removing a killed run's weights"):
         remove()
     try:
         yield
@@ -475,7 +475,7 @@ def publish(model, engine, ctx, probe_ids, previous, version, cfg):
     with torch.no_grad():
         trainer_probe = model(**{name: probe[name] for name in MODEL_INPUTS})[0][:-1].tolist()
     engine_probe, gap = None, 0.0
-    with policy_lib.together(ctx, f"weight sync {version}"):
+    with policy_lib.raise_on_all_ranks(ctx, f"weight sync {version}"):
         if engine is not None:
             engine.load_weights(folder, version)
             engine_probe = engine.score(probe_ids)
@@ -483,7 +483,7 @@ def publish(model, engine, ctx, probe_ids, previous, version, cfg):
             changed = previous is not None and previous["fingerprint"] != fingerprint
             gap = rollout_lib.check_probe(engine_probe, trainer_probe, previous and previous["engine_probe"],
                                           changed, tolerance)
-    with policy_lib.together(ctx, "removing old weights"):  # every engine has acknowledged
+    with policy_lib.raise_on_all_ranks(ctx, "removing old weights"):  # every engine has acknowledged
         if ctx.local_rank == 0:
             rollout_lib.remove_old_versions(folder)
     gap = policy_lib.max_over_ranks(ctx, gap)
@@ -544,14 +544,14 @@ def main(cfg):
     model_config = policy_lib.load_config(folder)
     tokenizer = policy_lib.load_tokenizer(folder)
     data.set_chat_template(tokenizer, cfg.chat_template)
-    with policy_lib.together(ctx, f"reading {cfg.dataset}"):
+    with policy_lib.raise_on_all_ranks(ctx, f"reading {cfg.dataset}"):
         problems, dropped = load_problems(cfg.dataset, cfg.dataset_split, tokenizer, cfg)
         if cfg.train_fraction < 1:
             problems = random.Random(2025).sample(problems, max(1, round(cfg.train_fraction * len(problems))))
         readable = replace(cfg, bad_gold_reward=None)  # nobody answers an unreadable one right
         eval_problems = (load_problems(cfg.eval_dataset, cfg.eval_split, tokenizer, readable)[0]
                          if cfg.eval_dataset else [])
-    with policy_lib.together(ctx, "comparing the problems with the benchmarks"):
+    with policy_lib.raise_on_all_ranks(ctx, "comparing the problems with the benchmarks"):
         if ctx.is_main:
             data.warn_of_contamination(cfg.dataset, cfg.benchmark_dir, cfg.dataset_split, cfg.problem_column)
     epoch_steps = max(1, math.ceil(cfg.num_train_epochs * len(problems) / cfg.num_prompts_per_step))
@@ -591,7 +591,7 @@ output     {output_dir}""", flush=True)
             stall_timeout=cfg.engine_stall_timeout, max_restarts=cfg.max_engine_restarts, sleep_mode=cfg.vllm_sleep)
     if ctx.device.type == "cuda":
         # vLLM sizes its KV cache by the memory that is free: it must have done so before the trainer takes its own.
-        with policy_lib.together(ctx, "starting the engines"):
+        with policy_lib.raise_on_all_ranks(ctx, "starting the engines"):
             if engine is not None:
                 engine.score(problems[0].prompt_ids)
     torch.manual_seed(cfg.seed)
@@ -607,7 +607,7 @@ output     {output_dir}""", flush=True)
     if run.checkpoint:
         trainer_state = policy_lib.load_checkpoint(model, optimizer, scheduler, ctx, run.checkpoint)
         step, cursor = trainer_state["step"], trainer_state["cursor"]
-    if run.checkpoint and policy_lib.is_complete(output_dir, run.checkpoint, step, total_steps):
+    if run.checkpoint and policy_lib.nothing_left_to_train(output_dir, run.checkpoint, step, total_steps):
         raise ValueError(f"nothing to do: {run.checkpoint} has reached step {step} of {total_steps}; "
                          "to go on raise --max_steps, and --lr_horizon with it (a longer schedule needs --force)")
     log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, step, cfg.report_to, cfg.logging_steps)
@@ -631,14 +631,14 @@ output     {output_dir}""", flush=True)
                     # A group of equal rewards has advantage 0 everywhere: with dynamic sampling (DAPO,
                     # arXiv 2503.14476) fresh prompts take its place, until the rounds are used up.
                     last = attempt == cfg.dynamic_sampling_rounds
-                    useful = [g for g in fresh if last or not of_equal_rewards(g["scored"])]
+                    useful = [g for g in fresh if last or not has_equal_rewards(g["scored"])]
                     replaced += len(fresh) - len(useful)
                     groups += useful
                     if len(groups) == wanted:
                         break
             reward_lib.rescore_length_over_batch([g["scored"] for g in groups], cfg)  # only --length_scope local_batch
             if cfg.vllm_sleep:
-                with policy_lib.together(ctx, "putting the engines to sleep"):
+                with policy_lib.raise_on_all_ranks(ctx, "putting the engines to sleep"):
                     if engine is not None:
                         engine.sleep()
 
@@ -766,7 +766,7 @@ def sampling_bias_note(cfg):
     return f" -- top_p < 1 or min_p > 0: samples come from a cut-off distribution; {corrected}"
 
 
-def of_equal_rewards(scored):
+def has_equal_rewards(scored):
     """Whether a group teaches nothing: every reward is the same, or missing (nan, which equals nothing, itself too)."""
     return len({total for total in scored.totals if not math.isnan(total)}) <= 1
 
@@ -778,7 +778,7 @@ def rollout_metrics(groups, lengths, truncated, rewards):
     parts = {f"reward/{name}": float(np.nanmean([s.parts[name] for s in scored])) for name in scored[0].parts}
     return {
         **parts, "reward/total": float(rewards.nanmean()), "reward/std_within_group": float(rewards.std(1).nanmean()),
-        "reward/groups_of_equal_rewards": sum(map(of_equal_rewards, scored)) / len(scored),
+        "reward/groups_of_equal_rewards": sum(map(has_equal_rewards, scored)) / len(scored),
         "completions/mean_length": float(np.mean(lengths)), "completions/max_length": int(max(lengths)),
         "completions/truncated": float(np.mean(truncated)), "completions/correct": outcomes["right"] / len(lengths),
         **{f"grading/{name}": outcomes[name] for name in ("no_answer", "timeout", "crash")},

@@ -129,7 +129,7 @@ def document_spans(packs, index, documents, packing):
 def evaluation_loss(model, documents, max_length, ctx):
     """Mean loss per trained token of held-out documents, packed and dealt like training data."""
     packs = data.make_packs(documents, max_length)
-    mine = data.deal([sum(b - a for _, a, b in p) for p in packs], ctx.world_size)[ctx.rank]
+    mine = data.assign_to_ranks([sum(b - a for _, a, b in p) for p in packs], ctx.world_size)[ctx.rank]
     total = count = 0.0
     for index in mine:
         batch = data.collate(document_spans(packs, index, documents, "best_fit"), ctx.device)
@@ -157,13 +157,13 @@ def main(cfg):
             dataset, tokenizer, cfg.max_length, split, cfg.overlong, cfg.loss_on,
             data.system_prompt_text(cfg.system_prompt), cfg.problem_column, cfg.generation_column, cfg.max_malformed,
             cfg.cache_dir, progress=ctx.is_main)
-        with policy_lib.together(ctx, f"reading {dataset}"):
+        with policy_lib.raise_on_all_ranks(ctx, f"reading {dataset}"):
             if ctx.local_rank == 0:
                 load()
         return load()  # from the cache that the first rank of this machine has written
 
     train = documents_of(cfg.dataset, cfg.dataset_split)
-    with policy_lib.together(ctx, "comparing the data with the benchmarks"):
+    with policy_lib.raise_on_all_ranks(ctx, "comparing the data with the benchmarks"):
         if ctx.is_main:
             data.warn_of_contamination(cfg.dataset, cfg.benchmark_dir, cfg.dataset_split, cfg.problem_column)
     held_out = documents_of(cfg.eval_dataset, cfg.eval_split).documents if cfg.eval_dataset else []
@@ -209,7 +209,7 @@ output     {output_dir}""", flush=True)
     first_step = 0
     if run.checkpoint:
         first_step = policy_lib.load_checkpoint(model, optimizer, scheduler, ctx, run.checkpoint)["step"]
-    if run.checkpoint and policy_lib.is_complete(output_dir, run.checkpoint, first_step, total_steps):
+    if run.checkpoint and policy_lib.nothing_left_to_train(output_dir, run.checkpoint, first_step, total_steps):
         raise ValueError(f"nothing to do: {run.checkpoint} has reached step {first_step} of {total_steps}; "
                          "to go on raise --max_steps, and --lr_horizon with it (a longer schedule needs --force)")
     log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, first_step, cfg.report_to, cfg.logging_steps)
@@ -224,7 +224,7 @@ output     {output_dir}""", flush=True)
             # The order is a function of (seed, epoch): a resumed run needs only the step to go on where it stopped.
             epoch, position = divmod(step, steps_per_epoch)
             members = data.steps_of_epoch(len(packs), packs_per_step, cfg.seed, epoch)[position]
-            hands = data.deal([pack_costs[i] for i in members], ctx.world_size)  # packs of equal cost at the same time
+            hands = data.assign_to_ranks([pack_costs[i] for i in members], ctx.world_size)  # packs of equal cost at the same time
             mine = [members[i] if i >= 0 else -1 for i in hands[ctx.rank]]
             batches = [data.collate(document_spans(packs, i, train.documents, cfg.packing), ctx.device) for i in mine]
             (denominator,) = policy_lib.sum_over_ranks(ctx, sum(float(b["mask"].sum()) for b in batches))  # N

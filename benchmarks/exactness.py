@@ -74,7 +74,7 @@ def run_case(folder, case, ctx):
     denominator, total = float(sum(mask[1:].sum() for _, mask in rows)), 0.0
     lengths = [len(ids) for ids, _ in rows]
     packs = data.pack(lengths, capacity) if capacity else [[i] for i in range(len(rows))]
-    hands = data.deal([sum(lengths[i] for i in pack) for pack in packs], ctx.world_size)
+    hands = data.assign_to_ranks([sum(lengths[i] for i in pack) for pack in packs], ctx.world_size)
     for index in hands[ctx.rank]:
         batch = data.collate([rows[i] for i in packs[index]] if index >= 0 else [], ctx.device)
         mask = batch.pop("mask")
@@ -96,7 +96,7 @@ def worker(folder, ranks):
         if wanted == ranks:
             run_case(folder, case, ctx)
     policy_lib.shutdown_distributed(ctx)
-    policy_lib.leave(0)
+    policy_lib.exit_process(0)
 
 
 def neighbour_moves_nothing(folder):

@@ -408,7 +408,7 @@ def g6_grpo_update(case):
     scale = case.tokens / 24_000
     answers = log_normal_lengths(random.Random(3), 128, 8_000, 16_384, cv=0.55)
     config = case.config(case.layers[0])
-    hands = data.balance([policy_lib.flops_per_pack(config, [n + 250]) for n in answers], 8)
+    hands = data.split_evenly([policy_lib.flops_per_pack(config, [n + 250]) for n in answers], 8)
     lengths = [max(2, int((answers[i] + 250) * scale)) for i in hands[0]]
     longest = max(2, int((max(answers[:16]) + 250) * scale))  # TRL: its rank's share in order, padded to that longest
     model = make_policy(case, case.layers[0], "full")
@@ -524,7 +524,7 @@ def main():
     if os.environ.get("OUT"):
         Path(os.environ["OUT"], "h200.json").write_text(json.dumps({"rows": case.rows, "failed": failed, **case.facts}))
     policy_lib.shutdown_distributed(case.ctx)
-    policy_lib.leave(1 if failed else 0)
+    policy_lib.exit_process(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def worker(folder):
         print(json.dumps({**{name: max(f[i] for f in found) for i, name in enumerate(names)},
                           "save_seconds": seconds, "gb_per_s_and_writer": size / seconds / ctx.world_size}), flush=True)
     policy_lib.shutdown_distributed(ctx)
-    policy_lib.leave(0)
+    policy_lib.exit_process(0)
 
 
 def main():

@@ -81,7 +81,7 @@ def main():
     for epoch in range(5):
         for members in data.steps_of_epoch(len(packs), PACKS_PER_STEP, 42, epoch):
             chosen = [costs[i] for i in members]
-            dealt.append(imbalance(data.deal(chosen, RANKS), chosen))
+            dealt.append(imbalance(data.assign_to_ranks(chosen, RANKS), chosen))
             order = rng.sample(range(len(chosen)), len(chosen))
             at_random.append(imbalance([order[r::RANKS] for r in range(RANKS)], chosen))
     rows += [

@@ -210,7 +210,7 @@ def test_pack_is_best_fit_on_a_worked_example():
 def test_deal_gives_equal_counts_and_neighbours(count, ranks):
     rng = random.Random(0)
     costs = [rng.random() for _ in range(count)]
-    hands = data.deal(costs, ranks)
+    hands = data.assign_to_ranks(costs, ranks)
     assert len({len(h) for h in hands}) == 1 and len(hands) == ranks
     assert sorted(i for h in hands for i in h if i >= 0) == list(range(count))
     for turn in zip(*hands, strict=True):  # at any time the ranks hold neighbours in the order of cost
@@ -224,12 +224,12 @@ def test_dealing_and_balancing_even_out_cost():
     cost = [sum(98.3 * lengths[i] + lengths[i] ** 2 / 500 for i in p) for p in packs]
     slowest = total = 0.0
     for members in data.steps_of_epoch(len(packs), 64, 0, 0)[:20]:
-        for turn in zip(*data.deal([cost[i] for i in members], 8), strict=True):
+        for turn in zip(*data.assign_to_ranks([cost[i] for i in members], 8), strict=True):
             costs = [cost[members[i]] if i >= 0 else 0 for i in turn]
             slowest, total = slowest + max(costs), total + sum(costs) / 8
     assert slowest / total <= 1.05
     sample = lengths[:128]
-    loads = [sum(sample[i] for i in hand) for hand in data.balance(sample, 8)]
+    loads = [sum(sample[i] for i in hand) for hand in data.split_evenly(sample, 8)]
     assert max(loads) / (sum(loads) / 8) <= 1.01
 
 

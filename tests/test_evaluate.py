@@ -15,7 +15,14 @@ import pytest
 from conftest import ROOT, run, tiny_model, torchrun
 
 import evaluate
-from evaluate import Graded, bootstrap_interval, evaluate_completions, majority_answer, paired_difference, pass_at_k
+from evaluate import (
+    GradedSample,
+    bootstrap_interval,
+    evaluate_completions,
+    majority_answer,
+    paired_difference,
+    pass_at_k,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,7 +72,7 @@ def test_majority_answer_by_mathematics_not_by_text():
 
 def graded(answers, gold="1", lengths=None, finished=True):
     lengths = lengths or [10] * len(answers)
-    return [Graded(a, "no_answer" if a is None else "right" if a == gold else "wrong", n, finished)
+    return [GradedSample(a, "no_answer" if a is None else "right" if a == gold else "wrong", n, finished)
             for a, n in zip(answers, lengths, strict=True)]
 
 
@@ -124,7 +131,7 @@ def test_published_definitions_on_a_worked_example():
 
 
 def test_grader_failures_are_counted_and_wrong():
-    samples = [Graded("1", "right", 5, True), Graded("1", "timeout", 5, True), Graded("1", "crash", 50, True)]
+    samples = [GradedSample("1", "right", 5, True), GradedSample("1", "timeout", 5, True), GradedSample("1", "crash", 50, True)]
     assert evaluate.problem_metrics(samples, 9)["timeouts"] == (1, 1)
     assert evaluate.problem_metrics(samples, 50)["timeouts"] == (2, 1)
     assert evaluate.problem_metrics(samples, 50)["pass@1"] == (1 / 3, 1)

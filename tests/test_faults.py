@@ -336,7 +336,7 @@ if __name__ == "__main__":
         "node-0/version-000003", "node-1/version-000003"], everyone
     assert everyone[0][1:] == everyone[1][1:]
     policy_lib.shutdown_distributed(ctx)
-    policy_lib.leave(0)
+    policy_lib.exit_process(0)
 """
 
 
@@ -415,7 +415,7 @@ if __name__ == "__main__":
             print(json.dumps(["sockets", found]), flush=True)
     print(json.dumps(["restarts", engine.restarts]))
     engine.close()
-    policy_lib.leave(0)
+    policy_lib.exit_process(0)
 """
 
 

@@ -200,7 +200,7 @@ if __name__ == "__main__":
             with torch.no_grad():
                 sync = {{**sync, "version": sync.get("version", 0) + 1}}
     engine.close()
-    policy_lib.leave(0)
+    policy_lib.exit_process(0)
 """)
     done = run(sys.executable, script)
     assert done.returncode == 0, done.stderr[-3000:]

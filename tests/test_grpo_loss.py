@@ -236,7 +236,7 @@ for lengths in (uneven, [200], [1, 1]):  # the second leaves a rank without any 
     found.append((policy_lib.sum_over_ranks(ctx, loss)[0], gradient))
 if ctx.rank == 0:
     torch.save(found, {out!r} + str(ctx.world_size))
-policy_lib.leave(0)
+policy_lib.exit_process(0)
 """
 
 

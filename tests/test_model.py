@@ -299,7 +299,7 @@ policy_lib.save_hf(model, {out!r} + str(ctx.world_size), ctx, torch.float32)
 if ctx.rank == 0:
     torch.save({{"loss": total, "grads": grads, "largest": largest,
                  "total": sum(p.numel() for p in model.parameters())}}, {out!r} + str(ctx.world_size) + ".pt")
-policy_lib.leave(0)
+policy_lib.exit_process(0)
 """
 
 
@@ -327,7 +327,7 @@ def test_two_ranks_equal_one(arch, tie, tmp_path):
 def test_leaving_does_not_wait_for_the_interpreter(status, said):
     program = ("import atexit, threading, time, model\natexit.register(print, 'registered')\n"
                "threading.Thread(target=time.sleep, args=(600,)).start()\nprint('unflushed', end=' ')\n"
-               f"model.leave({status})")
+               f"model.exit_process({status})")
     done = run(sys.executable, "-c", program, timeout=120)
     assert done.returncode == status and sorted(done.stdout.split()) == said, done.stderr
 
