@@ -63,7 +63,6 @@ class GRPOConfig(reward_lib.RewardOptions):  # the reward flags and their defaul
     benchmark_dir: str = HfArg(default="", help="Warn of rows that overlap a benchmark: folder of benchmarks, or hub.")
     output_dir: str = HfArg(default="runs/grpo", help="Run directory: config, metrics, checkpoints, rollouts, final.")
     resume: bool = HfArg(default=False, help="Continue from output_dir's newest intact checkpoint; none is an error.")
-    force: bool = HfArg(default=False, help="Resume though flags that change the result differ from the checkpoint's.")
     # Prompts and sampling
     system_prompt: str = HfArg(default="grpo", help="sft, grpo, open_rs, open_rs3, none, or the text itself.")
     chat_template: str = HfArg(default="tokenizer", help="tokenizer (as saved by stage 1), open_r1_roles, Jinja file.")
@@ -95,7 +94,6 @@ class GRPOConfig(reward_lib.RewardOptions):  # the reward flags and their defaul
     min_lr_rate: float = HfArg(default=0.1, help="Floor as a share of the peak, for cosine_with_min_lr.")
     warmup_ratio: float = HfArg(default=0.0, help="Share of the horizon spent on linear warm-up.")
     weight_decay: float = HfArg(default=0.0, help="AdamW's decoupled weight decay.")
-    adam_beta1: float = HfArg(default=0.9, help="AdamW: memory of the gradient's mean.")
     adam_beta2: float = HfArg(default=0.999, help="AdamW: memory of the gradient's square.")
     max_grad_norm: float = HfArg(default=1.0, help="Clip the gradient to this norm; 0 leaves it alone.")
     seed: int = HfArg(default=42, help="Order of the problems and seeds of the samples.")
@@ -106,7 +104,6 @@ class GRPOConfig(reward_lib.RewardOptions):  # the reward flags and their defaul
     shard_size: int = HfArg(default=0, help="Ranks that share one copy of the weights; 0: all.")
     head_chunk_size: int = HfArg(default=2048, help="Tokens whose logits exist at a time.")
     timeout_minutes: float = HfArg(default=120, help="Deadline of every wait between ranks; must cover one rollout.")
-    heartbeat_timeout: float = HfArg(default=300, help="Seconds of silence that end the run, naming the frozen rank.")
     # Engines
     tensor_parallel_size: int = HfArg(default=1, help="Ranks per vLLM engine; 14B on 8 H200: 4 (latency decides).")
     gpu_memory_utilization: float = HfArg(default=0.3, help="Share of GPU memory for vLLM.")
@@ -122,26 +119,12 @@ class GRPOConfig(reward_lib.RewardOptions):  # the reward flags and their defaul
     # Saving, evaluating, logging
     save_steps: int = HfArg(default=5, help="Checkpoint every so many steps; 0: only at the end.")
     save_total_limit: int = HfArg(default=2, help="Checkpoints to keep; 0: all.")
-    keep_steps: str = HfArg(default="", help="Comma-separated steps whose checkpoints are never removed.")
-    save_dtype: str = HfArg(default="bfloat16", help="Type of the weights in final: bfloat16 or float32.")
     eval_dataset: str = HfArg(default="", help="Problems for evaluation with the same engines; empty: none.")
     eval_split: str = HfArg(default="train", help="Split of eval_dataset, for hub ids and saved folders.")
     eval_steps: int = HfArg(default=10, help="Evaluate every so many steps, and at the end.")
     eval_num_samples: int = HfArg(default=4, help="Samples per problem in evaluation, with the training's sampling.")
-    logging_steps: int = HfArg(default=1, help="Print a line every so many steps; metrics.jsonl gets all.")
     report_to: str = HfArg(default="none", help="tensorboard, wandb or trackio beside metrics.jsonl.")
     dry_run: bool = HfArg(default=False, help="Print the plan without loading a model or starting an engine.")
-
-
-# Flags that may change between a checkpoint and its resumption without changing the result.
-FREE_TO_CHANGE = {
-    "resume", "force", "output_dir", "timeout_minutes", "heartbeat_timeout", "save_steps", "save_total_limit",
-    "keep_steps", "report_to", "max_steps", "activation_checkpointing", "compile", "shard_size", "head_chunk_size",
-    "dry_run", "tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gb", "max_num_seqs", "enforce_eager",
-    "vllm_sleep", "sync_dir", "engine_start_timeout", "engine_stall_timeout", "max_engine_restarts",
-    "max_tokens_per_microbatch", "eval_dataset", "eval_split", "eval_steps", "eval_num_samples", "save_dtype",
-    "logging_steps", "benchmark_dir",
-    "probe_tolerance"}
 
 
 def longest_sequence(cfg):
@@ -532,7 +515,6 @@ class Timer:
 def main(cfg):
     check_config(cfg)
     ctx = policy_lib.setup_distributed(cfg.timeout_minutes, cfg.shard_size)
-    policy_lib.start_heartbeat(ctx, cfg.heartbeat_timeout)
     layout = rollout_lib.engine_layout(ctx.rank, ctx.local_rank, ctx.world_size, ctx.local_world_size,
                                        cfg.tensor_parallel_size)
     output_dir = Path(cfg.output_dir)
@@ -578,7 +560,8 @@ output     {output_dir}""", flush=True)
         return
 
     # ---------------------------------------------------------------------------------- engines, model, optimizer
-    run = policy_lib.open_run(ctx, cfg, FREE_TO_CHANGE, {"data": data.source_hash(cfg.dataset, cfg.dataset_split)})
+    run = policy_lib.open_run(ctx, cfg, {
+        "model": policy_lib.folder_hash(folder), "data": data.source_hash(cfg.dataset, cfg.dataset_split)})
     engine = None
     if layout.owns_engine:  # starts in the background, while the model loads
         engine = rollout_lib.Engine(
@@ -600,7 +583,7 @@ output     {output_dir}""", flush=True)
         head_chunk_size=cfg.head_chunk_size)
     reference = (policy_lib.load_policy(folder, ctx, trainable=False, head_chunk_size=cfg.head_chunk_size)
                  if cfg.beta else None)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2),
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2),
                                   eps=1e-8, weight_decay=cfg.weight_decay, fused=True)
     scheduler = policy_lib.make_schedule(cfg, optimizer, horizon)
     step, cursor = 0, 0
@@ -609,16 +592,15 @@ output     {output_dir}""", flush=True)
         step, cursor = trainer_state["step"], trainer_state["cursor"]
     if run.checkpoint and policy_lib.nothing_left_to_train(output_dir, run.checkpoint, step, total_steps):
         raise ValueError(f"nothing to do: {run.checkpoint} has reached step {step} of {total_steps}; "
-                         "to go on raise --max_steps, and --lr_horizon with it (a longer schedule needs --force)")
-    log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, step, cfg.report_to, cfg.logging_steps)
-    keep_steps = [int(s) for s in cfg.keep_steps.split(",") if s]
+                         "to go on raise --max_steps, and --lr_horizon with it")
+    log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, step, cfg.report_to)
     probe_ids = [token for problem in problems[:64] for token in problem.prompt_ids][:min(256, longest)]
 
     with weights_handed_over(cfg, ctx), policy_lib.stop_on_signal(ctx) as stop_requested:
         # engines may hold other weights than a resumed run
         sync = publish(model, engine, ctx, probe_ids, None, step, cfg)
         while step < total_steps:
-            ctx.doing = f"in step {step + 1}"
+            policy_lib.wait_for_all_ranks(ctx)
             timer, started = Timer(), time.perf_counter()
 
             # ========================================================================== 1.-3. prompts, rollout, rewards
@@ -683,7 +665,7 @@ output     {output_dir}""", flush=True)
                         micro_loss.backward()  # summed over micro-batches and over ranks
                         iteration_loss += float(micro_loss.detach())
                         totals.update(sums)
-                    (loss,) = policy_lib.sum_over_ranks(ctx, iteration_loss)
+                    loss = policy_lib.sum_over_ranks(ctx, {"loss": iteration_loss})["loss"]
                     grad_norm = policy_lib.clip_gradients(model, cfg.max_grad_norm)
                     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                         raise FloatingPointError(
@@ -705,15 +687,15 @@ output     {output_dir}""", flush=True)
                        "grad_norm": grad_norm, **rollout_metrics(groups, lengths, truncated, rewards),
                        "dynamic_sampling/replaced": replaced}
             names = ("clip_low", "clip_high", "ratio", "kl")
-            reduced = policy_lib.sum_over_ranks(ctx, totals["tokens"], *(totals[name] for name in names),
-                                                *gap_sums, entropy_sum)
+            parts = [totals["tokens"], *(totals[name] for name in names), *gap_sums, entropy_sum]
+            reduced = list(policy_lib.sum_over_ranks(ctx, dict(enumerate(parts))).values())
             tokens, sampled = max(1.0, reduced[0]), max(1.0, reduced[7])
             metrics |= {f"update/{name}": value / tokens for name, value in zip(names, reduced[1:5], strict=True)}
             metrics |= {"rollout/logprob_gap": reduced[5] / sampled, "rollout/off_by_10_percent": reduced[6] / sampled,
                         "rollout/logprob_gap_max": policy_lib.max_over_ranks(ctx, largest_gap),
                         "update/entropy": reduced[8] / sampled,
                         "sync/seconds": sync["seconds"], "sync/logprob_gap": sync["gap"],
-                        "rollout/engine_restarts": policy_lib.sum_over_ranks(ctx, engine.restarts if engine else 0)[0]}
+                        "rollout/engine_restarts": policy_lib.max_over_ranks(ctx, engine.restarts if engine else 0)}
             flops = policy_lib.flops_per_pack(model_config, [len(row["ids"]) for row in rows])
             update_flops = cfg.num_iterations * flops / ctx.world_size
             seconds = time.perf_counter() - started
@@ -738,16 +720,15 @@ output     {output_dir}""", flush=True)
                       (f"  | eval accuracy {metrics['eval/pass@1']:.3f}" if "eval/pass@1" in metrics else "") +
                       ("" if any(weights) else "  | NOTHING TRAINED: every answer is masked or has no reward"))
             stopping = stop_requested()
-            if stopping or step == total_steps or (cfg.save_steps and step % cfg.save_steps == 0) or step in keep_steps:
+            if stopping or step == total_steps or (cfg.save_steps and step % cfg.save_steps == 0):
                 policy_lib.save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step,
-                                           {"cursor": cursor, "config": asdict(cfg), **run.identity},
-                                           cfg.save_total_limit, keep_steps)
+                                           {"cursor": cursor}, cfg.save_total_limit)
             if stopping and step < total_steps:
                 log.close()
                 raise policy_lib.Stopped(f"stopped by a signal after step {step} of {total_steps}; "
                                          "continue with --resume")
 
-    policy_lib.save_hf(model, output_dir / "final", ctx, policy_lib.DTYPES[cfg.save_dtype], tokenizer,
+    policy_lib.save_hf(model, output_dir / "final", ctx, ctx.compute_dtype, tokenizer,
                        policy_lib.generation_config(folder, data.stop_token_id(tokenizer)))
     log.close()
     if engine is not None:

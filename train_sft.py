@@ -43,7 +43,6 @@ class SFTConfig:
     dataset_split: str = HfArg(default="train", help="Split, for hub ids and saved folders.")
     output_dir: str = HfArg(default="runs/sft", help="Run directory: config, metrics, checkpoints, final.")
     resume: bool = HfArg(default=False, help="Continue from output_dir's newest intact checkpoint; none is an error.")
-    force: bool = HfArg(default=False, help="Resume though flags that change the result differ from the checkpoint's.")
     # Rows to tokens
     problem_column: str = HfArg(default="problem", help="Column of the question (messages or conversations need none).")
     generation_column: str = HfArg(default="generation", help="Column of the reasoning trace with its answer.")
@@ -66,7 +65,6 @@ class SFTConfig:
     min_lr_rate: float = HfArg(default=0.1, help="Floor as a share of the peak, for cosine_with_min_lr.")
     warmup_ratio: float = HfArg(default=0.0, help="Share of the horizon spent on linear warm-up.")
     weight_decay: float = HfArg(default=0.0, help="AdamW's decoupled weight decay.")
-    adam_beta1: float = HfArg(default=0.9, help="AdamW: memory of the gradient's mean.")
     adam_beta2: float = HfArg(default=0.999, help="AdamW: memory of the gradient's square.")
     max_grad_norm: float = HfArg(default=1.0, help="Clip the gradient to this norm; 0 leaves it alone.")
     seed: int = HfArg(default=42, help="Order of the packs: a function of (seed, epoch).")
@@ -77,26 +75,14 @@ class SFTConfig:
     shard_size: int = HfArg(default=0, help="Ranks sharing one copy of the weights; 0: all. GPUs per machine: hybrid.")
     head_chunk_size: int = HfArg(default=2048, help="Tokens whose logits exist at a time.")
     timeout_minutes: float = HfArg(default=30, help="Deadline of every wait between ranks.")
-    heartbeat_timeout: float = HfArg(default=300, help="Seconds of silence that end the run, naming the frozen rank.")
     # Saving, evaluating, logging
     save_steps: int = HfArg(default=50, help="Checkpoint every so many steps; 0: only at the end.")
     save_total_limit: int = HfArg(default=2, help="Checkpoints to keep; 0: all.")
-    keep_steps: str = HfArg(default="", help="Comma-separated steps whose checkpoints are never removed.")
-    save_dtype: str = HfArg(default="bfloat16", help="Type of the weights in final: bfloat16 or float32.")
     eval_dataset: str = HfArg(default="", help="Held-out rows for an evaluation loss; empty: none.")
     eval_split: str = HfArg(default="train", help="Split of eval_dataset, for hub ids and saved folders.")
     eval_steps: int = HfArg(default=50, help="Evaluate every so many steps, and at the end.")
-    logging_steps: int = HfArg(default=1, help="Print a line every so many steps; metrics.jsonl gets all.")
     report_to: str = HfArg(default="none", help="tensorboard, wandb or trackio beside metrics.jsonl.")
     dry_run: bool = HfArg(default=False, help="Print the plan (tokens, packs, steps, memory) without loading a model.")
-
-
-# Flags that may change between a checkpoint and its resumption without changing the result.
-FREE_TO_CHANGE = {"resume", "force", "output_dir", "cache_dir", "timeout_minutes", "heartbeat_timeout", "save_steps",
-                  "save_total_limit", "keep_steps", "report_to", "max_steps", "activation_checkpointing", "compile",
-                  "shard_size", "dry_run", "eval_steps", "head_chunk_size", "eval_dataset", "eval_split", "save_dtype",
-                  "logging_steps", "benchmark_dir",
-                  "gradient_accumulation_steps"}  # the last: only its product with the ranks must stay (open_run)
 
 
 def check_config(cfg):
@@ -136,14 +122,13 @@ def evaluation_loss(model, documents, max_length, ctx):
         mask = batch.pop("mask")
         logprobs, _ = model(**batch)
         total, count = total - float((logprobs * mask).sum()), count + float(mask.sum())
-    total, count = policy_lib.sum_over_ranks(ctx, total, count)
-    return total / count
+    sums = policy_lib.sum_over_ranks(ctx, {"loss": total, "tokens": count})
+    return sums["loss"] / sums["tokens"]
 
 
 def main(cfg):
     check_config(cfg)
     ctx = policy_lib.setup_distributed(cfg.timeout_minutes, cfg.shard_size)
-    policy_lib.start_heartbeat(ctx, cfg.heartbeat_timeout)
     output_dir = Path(cfg.output_dir)
 
     # ---------------------------------------------------------------------------------- data and plan
@@ -197,13 +182,13 @@ output     {output_dir}""", flush=True)
 
     # ---------------------------------------------------------------------------------- model and optimizer
     # Another number of ranks may resume if it takes as many packs per step: a step's number is its place in the data.
-    run = policy_lib.open_run(ctx, cfg, FREE_TO_CHANGE, {
-        "data": train.content_hash, "gradient_accumulation_steps x ranks": packs_per_step})
+    run = policy_lib.open_run(ctx, cfg, {
+        "model": policy_lib.folder_hash(folder), "data": train.content_hash, "gradient_accumulation_steps x ranks": packs_per_step})
     torch.manual_seed(cfg.seed)
     model = policy_lib.load_policy(
         folder, ctx, activation_checkpointing=cfg.activation_checkpointing, compile_blocks=cfg.compile,
         head_chunk_size=cfg.head_chunk_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2),
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2),
                                   eps=1e-8, weight_decay=cfg.weight_decay, fused=True)
     scheduler = policy_lib.make_schedule(cfg, optimizer, horizon)
     first_step = 0
@@ -211,14 +196,13 @@ output     {output_dir}""", flush=True)
         first_step = policy_lib.load_checkpoint(model, optimizer, scheduler, ctx, run.checkpoint)["step"]
     if run.checkpoint and policy_lib.nothing_left_to_train(output_dir, run.checkpoint, first_step, total_steps):
         raise ValueError(f"nothing to do: {run.checkpoint} has reached step {first_step} of {total_steps}; "
-                         "to go on raise --max_steps, and --lr_horizon with it (a longer schedule needs --force)")
-    log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, first_step, cfg.report_to, cfg.logging_steps)
-    keep_steps = [int(s) for s in cfg.keep_steps.split(",") if s]
+                         "to go on raise --max_steps, and --lr_horizon with it")
+    log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, first_step, cfg.report_to)
     step = first_step
 
     with policy_lib.stop_on_signal(ctx) as stop_requested:
         while step < total_steps:
-            ctx.doing = f"in step {step + 1}"
+            policy_lib.wait_for_all_ranks(ctx)
             started = time.perf_counter()
             # ========================================================================== 1. batch
             # The order is a function of (seed, epoch): a resumed run needs only the step to go on where it stopped.
@@ -227,7 +211,8 @@ output     {output_dir}""", flush=True)
             hands = data.assign_to_ranks([pack_costs[i] for i in members], ctx.world_size)  # packs of equal cost at the same time
             mine = [members[i] if i >= 0 else -1 for i in hands[ctx.rank]]
             batches = [data.collate(document_spans(packs, i, train.documents, cfg.packing), ctx.device) for i in mine]
-            (denominator,) = policy_lib.sum_over_ranks(ctx, sum(float(b["mask"].sum()) for b in batches))  # N
+            mine_trained = sum(float(b["mask"].sum()) for b in batches)
+            denominator = policy_lib.sum_over_ranks(ctx, {"tokens": mine_trained})["tokens"]  # N
             if denominator == 0:
                 raise ValueError(f"step {step + 1} has no trained token; its rows are {rows_of(packs, members, train)}")
 
@@ -240,7 +225,8 @@ output     {output_dir}""", flush=True)
                 micro_loss.backward()  # gradients are summed over micro-batches and over ranks
                 loss += float(micro_loss.detach())
                 entropy_sum += float((entropy * mask).sum())
-            loss, entropy_sum = policy_lib.sum_over_ranks(ctx, loss, entropy_sum)
+            sums = policy_lib.sum_over_ranks(ctx, {"loss": loss, "entropy": entropy_sum})
+            loss, entropy_sum = sums["loss"], sums["entropy"]
 
             # ========================================================================== 3. step
             grad_norm = policy_lib.clip_gradients(model, cfg.max_grad_norm)
@@ -276,15 +262,15 @@ output     {output_dir}""", flush=True)
 
             # ========================================================================== 5. save
             stopping = stop_requested()
-            if stopping or step == total_steps or (cfg.save_steps and step % cfg.save_steps == 0) or step in keep_steps:
+            if stopping or step == total_steps or (cfg.save_steps and step % cfg.save_steps == 0):
                 policy_lib.save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step,
-                                           {"config": asdict(cfg), **run.identity}, cfg.save_total_limit, keep_steps)
+                                           {}, cfg.save_total_limit)
             if stopping and step < total_steps:
                 log.close()
                 raise policy_lib.Stopped(f"stopped by a signal after step {step} of {total_steps}; "
                                          "continue with --resume")
 
-    policy_lib.save_hf(model, output_dir / "final", ctx, policy_lib.DTYPES[cfg.save_dtype], tokenizer,
+    policy_lib.save_hf(model, output_dir / "final", ctx, ctx.compute_dtype, tokenizer,
                        policy_lib.generation_config(folder, data.stop_token_id(tokenizer)))
     log.close()
     if ctx.is_main:

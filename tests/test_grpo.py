@@ -30,7 +30,7 @@ def flags(demo, output, **options):
                "max_prompt_length": 128, "max_completion_length": 24, "num_prompts_per_step": 4, "num_generations": 4,
                "max_steps": 4, "learning_rate": "2e-3", "beta": 0, "top_p": 1, "min_p": 0,
                "reward_funcs": f"{demo / 'reward.py'}:short", "activation_checkpointing": "none",
-               "save_dtype": "float32", "save_steps": 2, "sync_dir": output.parent, **options}
+               "save_steps": 2, "sync_dir": output.parent, **options}
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
 

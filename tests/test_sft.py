@@ -20,7 +20,7 @@ def flags(demo, output, **options):
     options = {"model_name_or_path": demo / "base", "dataset": "demo", "system_prompt": "none",
                "chat_template": "tokenizer", "output_dir": output, "max_length": 1024, "gradient_accumulation_steps": 1,
                "learning_rate": "1e-3", "activation_checkpointing": "none", "cache_dir": demo / "cache",
-               "save_dtype": "float32", **options}
+               **options}
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
 
