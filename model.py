@@ -1,9 +1,9 @@
 """
 The policy and its machinery: transformers' own decoder, sharded with FSDP2, fed with packs.
 
-    1. process group       one rank per GPU (NCCL) or per CPU share (gloo); every wait has a deadline
+    1. process group       one rank per GPU (NCCL) or per CPU share (gloo); waits have deadlines
     2. packed attention    documents lie end to end in one row and do not see each other
-    3. chunked head        log-probs and entropy of T tokens without ever holding [T, V] logits
+    3. chunked head        log-probs and entropy of T tokens, never T x V logits
     4. build and load      meta device, checkpointing, compile, fully_shard, read own rows
     5. save_hf             every rank writes its share; one rename publishes; transformers loads it
     6. checkpoints         torch DCP, complete or absent, checksummed; what a resume may change
@@ -23,6 +23,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -131,7 +132,11 @@ def setup_distributed(timeout_minutes=30.0, shard_size=0):
 
 
 def wait_for_all_ranks(ctx):
-    """Barrier of all ranks; RankFailure naming those that are not there after --timeout_minutes."""
+    """
+    Barrier of all ranks; RankFailure that names those who are not there after --timeout_minutes.
+
+    Every exchange in the control group begins with it, so that none waits for a rank without a name.
+    """
     # Only rank 0 knows who is missing: the others let it speak first.
     patience = timedelta(seconds=5 if ctx.rank else 0)
     try:
@@ -153,6 +158,7 @@ def gather_objects(ctx, value):
 
 def sum_over_ranks(ctx, sums):
     """Sums over ranks, in fp64, of {name: number}; names are the same on all. Returns a dict."""
+    wait_for_all_ranks(ctx)
     total = torch.tensor(list(sums.values()), dtype=torch.float64)
     dist.all_reduce(total, group=ctx.control)
     return dict(zip(sums, total.tolist(), strict=True))
@@ -160,6 +166,7 @@ def sum_over_ranks(ctx, sums):
 
 def max_over_ranks(ctx, number):
     """Largest of a number over ranks, as a float."""
+    wait_for_all_ranks(ctx)
     largest = torch.tensor(number, dtype=torch.float64)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=ctx.control)
     return float(largest)
@@ -398,13 +405,17 @@ def stored_tensors(folder):
     """
     {tensor name: file} by the headers of a folder's safetensors files; a pickle is never opened.
 
-    Raises FileNotFoundError when there is none, ValueError when one is corrupt or was cut short (a
-    header says how long its file is) or when two hold the same tensor.
+    Raises FileNotFoundError when there is none or one is missing that the index names, ValueError
+    when one is corrupt or was cut short (a header says how long its file is) or when two hold the
+    same tensor.
     """
     from safetensors import SafetensorError, safe_open
 
-    tensors = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
+    folder, tensors = Path(folder), {}
+    files, index = set(folder.glob("*.safetensors")), folder / "model.safetensors.index.json"
+    if index.is_file():
+        files |= {folder / name for name in re.findall(r'"([^"]+\.safetensors)"', index.read_text())}
+    for file in sorted(files):
         try:
             with safe_open(file, "pt") as opened:
                 names = opened.keys()
