@@ -135,7 +135,7 @@ def wait_for_all_ranks(ctx):
     """
     Barrier of all ranks; RankFailure that names those who are not there after --timeout_minutes.
 
-    Every exchange in the control group begins with it, so that none waits for a rank without a name.
+    Every exchange in the control group begins with it: none waits for a rank without a name.
     """
     # Only rank 0 knows who is missing: the others let it speak first.
     patience = timedelta(seconds=5 if ctx.rank else 0)
@@ -177,7 +177,7 @@ class Stopped(RuntimeError):
 
 
 class RankFailure(RuntimeError):
-    """A rank failed or is missing; raised on every rank, with the message of the one that failed."""
+    """A rank failed or is missing: raised on every rank, with the message of the first."""
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ class Program:
         endpoint = "localhost:0" if agents == 1 else f"localhost:{free_port()}"
         launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks // agents),
                   "--nnodes", str(agents), "--rdzv_backend", "c10d", "--rdzv_id", "faults",
-                  "--rdzv_endpoint", endpoint, "--shutdown_timeout", "5"]
+                  "--rdzv_endpoint", endpoint]
         command = [sys.executable, *(launch if ranks > 1 else []), str(script), *arguments]
         with open(self.log, "w") as log:
             self.processes = [
@@ -92,6 +92,16 @@ class Program:
     def reach(self, output, step):
         wait_for(lambda: max(losses(output), default=0) >= step, self.processes[0],
                  said=lambda: self.text[-3000:])
+
+    def say(self, pattern):
+        """Wait for a line, then kill ranks that are stopped: torchrun would do so 30 s later."""
+        wait_for(lambda: re.search(pattern, self.text), self.processes[0],
+                 said=lambda: self.text[-3000:])
+        for child in psutil.Process(self.processes[0].pid).children():
+            with suppress(psutil.NoSuchProcess):
+                if child.status() == psutil.STATUS_STOPPED:
+                    child.kill()
+        assert self.end(60) != [0]
 
     def end(self, timeout=300):
         return [process.wait(timeout) for process in self.processes]
@@ -155,7 +165,7 @@ if "RANK" in os.environ:
 
 
 def test_one_run_survives_one_fault_after_the_other(tmp_path, demo, rows, unbroken, ctx):
-    """Frozen rank, damaged checkpoint, dead torchrun, other world size, lost machines: same losses."""
+    """Frozen rank, damaged checkpoint, dead torchrun, other world size, lost machine: same loss."""
     output = tmp_path / "run"
 
     # A rank freezes: the others wait for --timeout_minutes, torchrun ends the job, the stopped rank
@@ -215,8 +225,8 @@ def test_one_run_survives_one_fault_after_the_other(tmp_path, demo, rows, unbrok
     assert program.end()[0] not in (0, None) and time.monotonic() - lost < 60
     assert "Connection closed by peer" in program.text, program.text[-3000:]
 
-    # The machine that serves torchrun's store loses power: no connection is closed, and reads of the
-    # other never return. Its rank ends after --timeout_minutes.
+    # The machine that serves torchrun's store loses power: no connection is closed, and the other's
+    # reads do not return. Its rank ends after --timeout_minutes.
     program = Program(tmp_path, [*hybrid, "--timeout_minutes", "0.2"], agents=2)
     program.reach(output, max(losses(output)) + 2)
     port = int(program.ranks(0)[0].environ()["MASTER_PORT"])
@@ -307,55 +317,23 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("patch", [
-    "model.load_policy = freezing(model.load_policy)",
-    "model.RunLog.write = freezing(model.RunLog.write, lambda args: args[1]['step'] == 3)"])
-def test_a_rank_that_freezes_is_named(patch, tmp_path, demo, rows):
-    """While it loads, and at its first word with the others after that; in one line."""
+WAITED = (r"script.py: rank 0 has waited 0:00:12 \(--timeout_minutes\) .*Ranks 1 failed .*"
+          r"start the run again with --resume\n")
+
+
+@pytest.mark.parametrize(("patch", "said"), [
+    ("freezing(print)()", r"script.py: rank 0 has waited 0:00:12 for another to start: the one "
+                          r"whose number ends this line \(.*/1\)\n"),
+    ("model.load_policy = freezing(model.load_policy)", WAITED),
+    ("model.RunLog.write = freezing(model.RunLog.write, lambda row: row[1]['step'] == 3)", WAITED),
+], ids=["before it starts", "while it loads", "in a step"])
+def test_a_rank_that_freezes_is_named(patch, said, tmp_path, demo, rows):
     (tmp_path / "script.py").write_text(FREEZES.format(patch=patch))
     arguments = flags(demo, rows, tmp_path / "run", timeout_minutes=0.2)
     program = Program(tmp_path, arguments, script=tmp_path / "script.py", PYTHONPATH=str(ROOT))
-    assert program.end() != [0]
-    assert re.search(r"script.py: rank 0 has waited 0:00:12 \(--timeout_minutes\) .*Ranks 1 failed "
-                     r".*start the run again with --resume\n", program.text), program.text[-3000:]
-    assert "Traceback" not in program.text.split("torch/distributed/elastic")[0]
-    assert re.search(r"rank +: 1 \(local_rank: 1\)\s+exitcode +: -9", program.text)
-
-
-def test_a_rank_that_never_starts_is_named(tmp_path, demo, rows):
-    patch = "freezing(print)()"
-    (tmp_path / "script.py").write_text(FREEZES.format(patch=patch))
-    arguments = flags(demo, rows, tmp_path / "run", timeout_minutes=0.2)
-    program = Program(tmp_path, arguments, script=tmp_path / "script.py", PYTHONPATH=str(ROOT))
-    assert program.end() != [0]
-    assert re.search(r"script.py: rank 0 has waited 0:00:12 for another to start: the one whose "
-                     r"number ends this line \(.*/1\)\n", program.text), program.text[-3000:]
-
-
-FAILS_ALONE = """
-import signal, time
-import model, train_sft
-def main(cfg):
-    ctx = model.setup_distributed(2)
-    if ctx.rank == 1:
-        raise KeyError("a defect")
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # like a rank in a collective of its GPU
-    time.sleep(600)
-if __name__ == "__main__":
-    model.run_main(main, train_sft.SFTConfig)
-"""
-
-
-def test_a_rank_that_waits_for_a_failed_one_ends(tmp_path):
-    """torchrun's table has the traceback of the one that failed."""
-    (tmp_path / "script.py").write_text(FAILS_ALONE)
-    program = Program(tmp_path, [], script=tmp_path / "script.py", PYTHONPATH=str(ROOT))
-    wait_for(lambda: len(psutil.Process(program.processes[0].pid).children()) == 2)
-    ranks = psutil.Process(program.processes[0].pid).children()
-    assert program.end(60) != [0]
-    assert_gone(ranks)
-    table = program.text[program.text.index("Root Cause"):]
-    assert "rank      : 1" in table and "KeyError: 'a defect'" in table, program.text
+    program.say(said)
+    # In one line: torchrun's own traceback is the only one.
+    assert program.text.count("Traceback") == program.text.count("ChildFailedError") / 2 == 1
 
 
 TIMEOUTS = """
@@ -382,40 +360,49 @@ exit_process(1)
 def test_groups_of_hybrid_sharding_keep_to_the_timeout(tmp_path):
     (tmp_path / "script.py").write_text(TIMEOUTS)
     program = Program(tmp_path, [], script=tmp_path / "script.py", PYTHONPATH=str(ROOT))
-    assert program.end(90) != [0]
+    program.say("barrier .*Ranks 1 failed")
     seconds = {name: float(re.search(rf"{name} (\S+)", program.text)[1])
                for name in ("collective", "barrier")}
     assert 5 < seconds["collective"] < 9 and seconds["barrier"] < 16, program.text
-    assert "Ranks 1 failed" in program.text
 
 
-FAILS_EVERYWHERE = """
-import os
+FAILS = """
 from dataclasses import dataclass
 from model import raise_on_all_ranks, run_main, setup_distributed
 @dataclass
 class Config:
-    seed: int = 0
+    first_rank: int = 0
+    error: str = ""
 def main(cfg):
     ctx = setup_distributed(2)
+    if cfg.error == "KeyError" and ctx.rank == cfg.first_rank:
+        raise KeyError("a defect")
     with raise_on_all_ranks(ctx, "reading the data"):
-        if cfg.seed <= ctx.rank:
+        if ctx.rank >= cfg.first_rank:
             raise OSError("no such disk")
 if __name__ == "__main__":
     run_main(main, Config)
 """
 
 
-@pytest.mark.parametrize(("seed", "said"), [
-    (0, "script.py: reading the data failed on rank 0: OSError: no such disk"),
-    (1, "script.py: reading the data failed on rank 1: OSError: no such disk")])
-def test_what_all_ranks_have_to_say_is_said_once(seed, said, tmp_path):
-    """Also what only one of them knows."""
-    (tmp_path / "script.py").write_text(FAILS_EVERYWHERE)
-    program = Program(tmp_path, ["--seed", str(seed)], script=tmp_path / "script.py",
+@pytest.mark.parametrize("first_rank", [0, 1], ids=["both", "one"])
+def test_what_all_ranks_have_to_say_is_said_once(first_rank, tmp_path):
+    """A failure of one rank ends all of them, in one line."""
+    (tmp_path / "script.py").write_text(FAILS)
+    program = Program(tmp_path, ["--first_rank", str(first_rank)], script=tmp_path / "script.py",
                       PYTHONPATH=str(ROOT))
     assert program.end() == [1]
+    said = f"script.py: reading the data failed on rank {first_rank}: OSError: no such disk\n"
     assert program.text.count("no such disk") == program.text.count(said) == 1, program.text
+
+
+def test_a_defect_of_one_rank_ends_all_and_is_in_torchruns_table(tmp_path):
+    (tmp_path / "script.py").write_text(FAILS)
+    arguments = ["--error", "KeyError", "--first_rank", "1"]
+    program = Program(tmp_path, arguments, script=tmp_path / "script.py", PYTHONPATH=str(ROOT))
+    assert program.end(120) == [1]
+    table = program.text[program.text.index("Failures:"):]
+    assert re.search(r"rank +: 1 .*KeyError: 'a defect'", table, re.DOTALL), program.text
 
 
 def test_weights_leave_the_sync_folder_however_a_run_ends(tmp_path, ctx):
