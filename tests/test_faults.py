@@ -292,8 +292,9 @@ def test_a_resume_takes_other_flags_and_refuses_another_identity(tmp_path, demo,
     other_template = refused(resumed, {**identity, "template": "new"})
     assert "(template: None then, 'new' now)" in other_template
     capsys.readouterr()
+    (tmp_path / "checkpoints/step-000009.tmp").mkdir()
     run = open_run(ctx, resumed, identity)
-    assert run.checkpoint == folder
+    assert run.checkpoint == folder and list(folder.parent.iterdir()) == [folder]
     assert "changed settings (learning_rate: 1e-05 then, 2e-05 now)\n" in capsys.readouterr().err
     assert load_checkpoint(model, optimizer, scheduler, ctx, folder)["cursor"] == 4
     del run

@@ -248,7 +248,10 @@ def test_fingerprint_follows_the_weights(tmp_path, ctx):
     with torch.no_grad():
         model.model.norm.weight.to_local()[3] += 1e-6
     prints.append(save_hf(model, tmp_path / "v2", ctx, torch.float32))
-    assert prints[0] == prints[1] != prints[2]
+    layers = model.model.layers
+    layers[0].mlp, layers[1].mlp = layers[1].mlp, layers[0].mlp
+    prints.append(save_hf(model, tmp_path / "v3", ctx, torch.float32))
+    assert prints[0] == prints[1] and len(set(prints)) == 3
 
 
 def test_folder_hash_follows_the_weights(tmp_path, ctx):
@@ -484,9 +487,14 @@ def test_damaged_checkpoints_are_seen(tmp_path, ctx, capsys):
     assert newest_checkpoint(tmp_path, ctx).name == "step-000003"
     said = capsys.readouterr().err
     assert f"step 4 is damaged ({shard.name} does not match its checksum)" in said
-    # Every rank looks at its own share of the files, and no file is left out.
-    files = len(json.loads((folder / "manifest.json").read_text()))
-    assert sum(bool(checkpoint_defect(folder, rank, files)) for rank in range(files)) == 1
+    # Each file is looked at by exactly one rank.
+    intact = tmp_path / "checkpoints/step-000003"
+    for name in json.loads((intact / "manifest.json").read_text()):
+        content = (intact / name).read_bytes()
+        (intact / name).write_bytes(content[:-1])
+        for ranks in (1, 2, 3):
+            assert sum(bool(checkpoint_defect(intact, rank, ranks)) for rank in range(ranks)) == 1
+        (intact / name).write_bytes(content)
     shutil.rmtree(tmp_path / "checkpoints/step-000003")
     (tmp_path / "checkpoints/step-000002/trainer.json").unlink()
     (tmp_path / "checkpoints/step-000009.tmp").mkdir()  # a half-written one
