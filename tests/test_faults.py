@@ -168,16 +168,15 @@ def test_one_run_survives_one_fault_after_the_other(tmp_path, demo, rows, unbrok
     """Frozen rank, damaged checkpoint, dead torchrun, other world size, lost machine: same loss."""
     output = tmp_path / "run"
 
-    # A rank freezes: the others wait for --timeout_minutes, torchrun ends the job, the stopped rank
-    # with it, and its table names rank and process. Meanwhile the folder is taken.
+    # A rank freezes: the others wait for --timeout_minutes, torchrun ends the job and its table names
+    # rank and process. Meanwhile the folder is taken.
     program = Program(tmp_path, flags(demo, rows, output, timeout_minutes=0.2))
     program.reach(output, 5)
     ranks = program.ranks()
     ranks[1].send_signal(signal.SIGSTOP)
-    stopped = time.monotonic()
     with pytest.raises(RankFailure, match="another run is using this folder; choose another"):
         open_run(ctx, Settings(str(output)), {})
-    assert program.end() != [0] and time.monotonic() - stopped < 60
+    program.say("Timed out waiting 12000ms|has waited 0:00:12")
     assert_gone(ranks)
     table = rf"rank +: 1 \(local_rank: 1\)\s+exitcode +: -9 \(pid: {ranks[1].pid}\)"
     assert re.search(table, program.text), program.text[-3000:]
