@@ -308,11 +308,11 @@ def main(cfg):
         probe = sync_weights(model, engine, ctx, published, step, probe)
         while step < total_steps:
             wait_for_all_ranks(ctx)
-            timer = Timer()
+            started, times = time.perf_counter(), {}
 
             # ====================================================== 1.-3. prompts, rollout, rewards
             first_cursor = cursor
-            with timer("rollout"):
+            with timed(times, "rollout"):
                 groups, cursor = collect_groups(sample, problems, cursor, step, cfg)
             if cfg.vllm_sleep:
                 with raise_on_all_ranks(ctx, "putting the engines to sleep"):
@@ -339,12 +339,12 @@ def main(cfg):
 
             # ====================================================== 5. reference
             if reference is not None:
-                with timer("reference"), torch.no_grad():
+                with timed(times, "reference"), torch.no_grad():
                     for batch in batches:
                         batch["ref_logprobs"], _ = policy_logprobs(reference, batch, cfg)
 
             # ====================================================== 6. update
-            with timer("update"):
+            with timed(times, "update"):
                 for _ in range(cfg.num_iterations):
                     sums = Counter()  # of this pass over the batch; the last pass is logged
                     for batch in batches:
@@ -370,7 +370,7 @@ def main(cfg):
             step += 1
 
             # ====================================================== 7. publish
-            with timer("sync"):
+            with timed(times, "sync"):
                 probe = sync_weights(model, engine, ctx, published, step, probe)
 
             # ====================================================== 8. log, evaluate, save
@@ -380,15 +380,17 @@ def main(cfg):
                        "dynamic_sampling/replaced": cursor - first_cursor - len(groups)}
             metrics |= rollout_metrics(groups, lengths, rewards)
             metrics |= update_metrics(sums, batches, ctx, cfg)
-            metrics |= cost_metrics(timer, engine, lengths, sum(costs) * cfg.num_iterations, ctx)
+            times["time/step"] = time.perf_counter() - started
+            flops = sum(costs) * cfg.num_iterations / ctx.world_size
+            metrics |= cost_metrics(times, lengths, flops, engine, ctx)
             if held_out and (step % cfg.eval_steps == 0 or step == total_steps):
-                with timer("eval"):
+                with timed(times, "eval"):
                     metrics |= evaluate(sample, held_out.problems, cfg)
-            metrics |= timer.metrics()
+            metrics |= times
             write_rollouts(output_dir, step, groups, advantages, token_weights,
                            answer_tokens(ctx, batches, mine, lengths), ctx)
             log.write(metrics, log_line(metrics, total_steps, any(token_weights)))
-            steps_off = check_step(metrics, steps_off, cfg, ctx)
+            steps_off = check_step(metrics, steps_off, probe["tolerance"], ctx)
             stopping = stop_requested()
             due = cfg.save_steps and step % cfg.save_steps == 0
             if due or stopping or step == total_steps:
@@ -400,7 +402,7 @@ def main(cfg):
                 raise Stopped(f"stopped by a signal after step {step} of {total_steps}; "
                               "continue with --resume")
 
-    save_hf(model, output_dir / "final", ctx, torch.bfloat16, tokenizer,
+    save_hf(model, output_dir / "final", ctx, ctx.compute_dtype, tokenizer,
             generation_config(folder, stop_token_id(tokenizer)))
     log.close()
     if engine is not None:
@@ -534,12 +536,7 @@ def make_probe(problems, longest, ctx, cfg):
     token_ids = token_ids[:min(256, longest)]
     row = {"ids": np.array(token_ids), "mask": np.ones(len(token_ids))}
     return {"token_ids": token_ids, "batch": collate([row], ctx.device),
-            "tolerance": allowed_gap(cfg, ctx)}
-
-
-def allowed_gap(cfg, ctx):
-    """Mean |log-prob gap| of engine and trainer that rounding explains."""
-    return cfg.probe_tolerance or PROBE_TOLERANCE[engine_dtype(ctx)]
+            "tolerance": cfg.probe_tolerance or PROBE_TOLERANCE[ctx.compute_dtype]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -553,17 +550,13 @@ def read_problems(dataset, tokenizer, cfg, ctx):
             cfg.max_prompt_length, cfg.problem_column, cfg.answer_column)
 
 
-def engine_dtype(ctx):
-    return "bfloat16" if ctx.device.type == "cuda" else "float32"
-
-
 def start_engine(cfg, ctx, layout, folder, tokenizer, prompt_ids):
     """This rank's engine, or None where a neighbour owns it; it starts while the model loads."""
     engine = None
     if layout.owns_engine:
         engine = Engine(
             folder, max_model_len=cfg.max_prompt_length + cfg.max_completion_length + 1,
-            dtype=engine_dtype(ctx), tensor_parallel_size=cfg.tensor_parallel_size,
+            dtype=str(ctx.compute_dtype).removeprefix("torch."), tensor_parallel_size=cfg.tensor_parallel_size,
             devices=layout.devices if ctx.device.type == "cuda" else None,
             gpu_memory_utilization=cfg.gpu_memory_utilization, max_num_seqs=cfg.max_num_seqs,
             enforce_eager=cfg.enforce_eager, seed=cfg.seed, sleep_mode=cfg.vllm_sleep,
@@ -579,10 +572,6 @@ def start_engine(cfg, ctx, layout, folder, tokenizer, prompt_ids):
 def print_plan(cfg, train, steps_per_epoch, total_steps, max_tokens, layout):
     """What the run is going to do, before anything expensive starts."""
     answers = cfg.num_prompts_per_step * cfg.num_generations
-    tail = ""
-    if is_truncated(cfg):
-        tail = f"; weights of at most {cfg.rollout_is_cap} correct for the tail that is cut off"
-        tail = tail if cfg.rollout_is_cap else "; NOT corrected for the tail that is cut off"
     print(f"""\
 problems   {cfg.dataset}: {train.summary()}
 step       {cfg.num_prompts_per_step} prompts x {cfg.num_generations} answers = {answers}, \
@@ -591,7 +580,8 @@ plan       {steps_per_epoch:.1f} steps per epoch, {total_steps} in all, \
 schedule ends at step {cfg.lr_horizon}
 lengths    prompt <= {cfg.max_prompt_length:,}, answer <= {cfg.max_completion_length:,}; \
 micro-batches of {max_tokens:,} tokens
-sampling   temperature {cfg.temperature}, top_p {cfg.top_p}, min_p {cfg.min_p}{tail}
+sampling   temperature {cfg.temperature}, top_p {cfg.top_p}, min_p {cfg.min_p}; \
+sampler against trainer: weights up to {cfg.rollout_is_cap} (0: not corrected)
 rewards    {cfg.reward_funcs} (weights {cfg.reward_weights or 'all 1'})
 engines    {layout.count} x {cfg.tensor_parallel_size} rank(s); weights through {cfg.sync_dir}
 output     {cfg.output_dir}""", flush=True)
@@ -600,20 +590,12 @@ output     {cfg.output_dir}""", flush=True)
 # --------------------------------------------------------------------------------------------------
 # Phase 8: log, evaluate
 # --------------------------------------------------------------------------------------------------
-class Timer:
-    """Seconds of a step and of its phases: with timer("update"): ..."""
-
-    def __init__(self):
-        self.started, self.seconds = time.perf_counter(), Counter()
-
-    @contextmanager
-    def __call__(self, phase):
-        started = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - started
-
-    def metrics(self):
-        return {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+@contextmanager
+def timed(times, phase):
+    """Set times["time/PHASE"] to the seconds that a block takes."""
+    started = time.perf_counter()
+    yield
+    times[f"time/{phase}"] = time.perf_counter() - started
 
 
 def rollout_metrics(groups, lengths, rewards):
@@ -638,11 +620,6 @@ def rollout_metrics(groups, lengths, rewards):
     }
 
 
-def is_truncated(cfg):
-    """Whether samples come from a distribution whose tail is cut off."""
-    return cfg.top_p < 1 or cfg.min_p > 0
-
-
 def update_metrics(sums, batches, ctx, cfg):
     """Means over the trained tokens; sums: of grpo_loss, over all ranks. Collective."""
     tokens = max(1.0, sums["tokens"])
@@ -651,7 +628,7 @@ def update_metrics(sums, batches, ctx, cfg):
         inside = batch["mask"] > 0
         gap = (batch["old_logprobs"] - batch["rollout_logprobs"])[inside]  # log pi_old - log q
         # Cutting off the tail raises q, which explains a gap below 0; nothing explains one above.
-        gap = gap.clamp(min=0) if is_truncated(cfg) else gap.abs()
+        gap = gap.clamp(min=0) if cfg.top_p < 1 or cfg.min_p > 0 else gap.abs()
         found["rollout/logprob_gap"] += float(gap.sum())
         found["rollout/off_by_10_percent"] += int((gap > math.log(1.1)).sum())
         found["update/entropy"] += float(batch["entropy"][inside].sum())
@@ -660,20 +637,17 @@ def update_metrics(sums, batches, ctx, cfg):
     return {name: value / tokens for name, value in found.items()}
 
 
-def cost_metrics(timer, engine, lengths, flops, ctx):
-    """Speed, memory, and model FLOPs utilisation of the update; flops: of all ranks. Collective."""
-    seconds = time.perf_counter() - timer.started
-    peak = peak_flops(ctx.device)
-    update_flops = flops / ctx.world_size / timer.seconds["update"]
+def cost_metrics(times, lengths, flops, engine, ctx):
+    """Speed, memory, and model FLOPs utilisation of the update; flops: per rank. Collective."""
+    tokens, peak = sum(lengths), peak_flops(ctx.device)
     restarts = sum_over_ranks(ctx, {"restarts": engine.restarts if engine else 0})["restarts"]
     return {
-        "tokens": sum(lengths),
-        "tokens_per_second": sum(lengths) / seconds,
-        "rollout/tokens_per_second": sum(lengths) / timer.seconds["rollout"],
+        "tokens": tokens,
+        "tokens_per_second": tokens / times["time/step"],
+        "rollout/tokens_per_second": tokens / times["time/rollout"],
         "rollout/engine_restarts": restarts,
-        "mfu": update_flops / peak if peak else None,
+        "mfu": flops / times["time/update"] / peak if peak else None,
         "peak_memory_gb": max_over_ranks(ctx, peak_memory_gb(ctx.device)),
-        "time/step": seconds,
     }
 
 
@@ -695,7 +669,7 @@ def log_line(metrics, total_steps, trained):
     return line
 
 
-def check_step(metrics, steps_off, cfg, ctx):
+def check_step(metrics, steps_off, allowed, ctx):
     """
     End the run when its rewards or its sampler cannot be trusted; returns the bad steps in a row.
 
@@ -707,7 +681,6 @@ def check_step(metrics, steps_off, cfg, ctx):
                          f"than {MAX_SHARE_WITHOUT_REWARD:.0%}: a function of --reward_funcs "
                          "fails; grading/* in metrics.jsonl says how")
     gap, share = metrics["rollout/logprob_gap"], metrics["rollout/off_by_10_percent"]
-    allowed = allowed_gap(cfg, ctx)
     if gap <= allowed and share <= MAX_SHARE_OFF:
         return 0  # not reached with nan
     message = (f"sampler and trainer disagree: mean log-prob gap {gap:.3g} (allowed {allowed:.3g}),"

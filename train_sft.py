@@ -226,7 +226,7 @@ def main(cfg):
                 raise Stopped(f"stopped by a signal after step {step} of {total_steps}; "
                               "continue with --resume")
 
-    save_hf(model, output_dir / "final", ctx, torch.bfloat16, tokenizer,
+    save_hf(model, output_dir / "final", ctx, ctx.compute_dtype, tokenizer,
             generation_config(folder, stop_token_id(tokenizer)))
     log.close()
     if ctx.is_main:

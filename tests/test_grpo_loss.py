@@ -379,13 +379,12 @@ def test_the_gap_counts_trained_tokens_and_what_a_cut_off_tail_does_not_explain(
 
 
 def test_a_disagreeing_sampler_and_missing_rewards_end_the_run(capsys):
-    ctx = SimpleNamespace(is_main=True, device=torch.device("cpu"))
-    cfg = SimpleNamespace(probe_tolerance=0.1)
+    ctx = SimpleNamespace(is_main=True)
     good = {"reward/missing": 0.2, "rollout/logprob_gap": 0.05, "rollout/off_by_10_percent": 0.1}
-    assert check_step(good, 2, cfg, ctx) == 0
+    assert check_step(good, 2, 0.1, ctx) == 0
     for bad in ({"rollout/logprob_gap": 0.3}, {"rollout/off_by_10_percent": 0.3}, {"rollout/logprob_gap": math.nan}):
-        assert check_step(good | bad, 0, cfg, ctx) == 1 and "disagree" in capsys.readouterr().out
+        assert check_step(good | bad, 0, 0.1, ctx) == 1 and "disagree" in capsys.readouterr().out
         with pytest.raises(ValueError, match="3 steps in a row"):
-            check_step(good | bad, 2, cfg, ctx)
+            check_step(good | bad, 2, 0.1, ctx)
     with pytest.raises(ValueError, match="30% of the answers have no reward"):
-        check_step(good | {"reward/missing": 0.3}, 0, cfg, ctx)
+        check_step(good | {"reward/missing": 0.3}, 0, 0.1, ctx)
