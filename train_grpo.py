@@ -428,7 +428,7 @@ def collate_rows(rows, members, device):
     return batch
 
 
-MODEL_INPUTS = ("input_ids", "position_ids", "cu_seqlens", "targets")
+MODEL_INPUTS = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen", "targets")
 
 
 def policy_logprobs(model, batch, cfg):
