@@ -1181,7 +1181,8 @@ def traced_training(config, ranks, micro_batches, reference=False, shard_size=0,
         for step in (micro_batches[:1], micro_batches):  # from the second on there are moments
             if reference:
                 with torch.no_grad():
-                    expected = [forward(frozen, tokens) for tokens in step]
+                    for tokens in step:
+                        forward(frozen, tokens)
             for tokens in step:
                 logprobs = forward(model, tokens)
                 memory.phase = "layer backward"
