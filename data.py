@@ -397,13 +397,14 @@ def collate(documents, device="cpu"):
     """
     One pack as tensors for model.policy_forward; documents: [(ids (n,), mask (n,))], possibly none.
 
-    Returns a dict of input_ids, position_ids, targets (T,) int64, mask (T,) float32 and cu_seqlens (D + 1,) int32.
-    targets[t] and mask[t] belong to the token AFTER t: the model at t predicts it. The last token of a document
+    Returns a dict of input_ids, position_ids, targets (T,) int64, mask (T,) float32 cu_seqlens (D + 1,) int32 and
+    max_seqlen, an int. targets[t] and mask[t] belong to the token AFTER t: the model at t predicts it. The last token of a document
     predicts nothing, so nothing is ever predicted across a border. No documents: one masked token, so that a rank
     without work still takes part in every collective and touches every parameter.
     """
     import torch
 
+    documents = [(d["ids"], d["mask"]) if isinstance(d, dict) else d for d in documents]
     documents = documents or [(np.zeros(1, dtype=np.int64), np.zeros(1))]
     ids = np.concatenate([d for d, _ in documents]).astype(np.int64)
     targets = np.concatenate([np.append(d[1:], 0) for d, _ in documents]).astype(np.int64)
@@ -412,7 +413,9 @@ def collate(documents, device="cpu"):
     positions = np.concatenate([np.arange(n) for n in lengths])
     bounds = np.cumsum([0, *lengths]).astype(np.int32)
     batch = {"input_ids": ids, "position_ids": positions, "targets": targets, "mask": mask, "cu_seqlens": bounds}
-    return {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+    # A power of two: compiled blocks are not compiled again for every new length.
+    return {**tensors, "max_seqlen": 1 << (max(lengths) - 1).bit_length()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
