@@ -352,13 +352,10 @@ class Engine:
         weights, vllm#32718), drop the prefix cache (it holds keys and values of the old weights; vLLM does not do it by
         itself) and wake the engine if it sleeps. After a death the engine starts on the previous version and reloads.
         """
-        from safetensors import SafetensorError, safe_open
-
-        from model import safetensors_files
+        from model import stored_tensors
         try:               # an engine dies of a damaged file, and each of its restarts would die of it again
-            for file in set(safetensors_files(folder).values()):
-                safe_open(file, "pt")
-        except (OSError, ValueError, SafetensorError) as error:
+            stored_tensors(folder)
+        except (OSError, ValueError) as error:
             raise EngineError(f"load_weights: {folder} (version {version}) is not intact: {error}; was it published on "
                               f"this machine, and has anyone cleaned --sync_dir?") from error
         self._call(dict(op="load", folder=str(folder), version=version))
