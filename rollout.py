@@ -57,7 +57,6 @@ from model import max_over_ranks, raise_on_all_ranks, save_hf
 
 LOG_TAIL_LINES = 30  # lines of the engine's log quoted in an error
 KILL_SECONDS = 60  # how long a process may take to disappear after SIGKILL
-MODEL_INPUTS = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen", "targets")  # as in data.py
 # Mean log-prob gap allowed between engine and trainer, in nats, by the engine's dtype. float32:
 # 5e-6 was measured. bfloat16: a pretrained 135M model has 0.031 on the trainer's probe and 0.041
 # to 0.046 on single prompts; random other weights give 0.58 to 1.1.
@@ -149,9 +148,10 @@ def sync_weights(model, engine, ctx, folder, version, probe):
     Give every engine the policy's weights and prove that they arrived; collective.
 
     engine: this rank's Engine or None. folder: from clean_sync_folder. probe: a dict with
-    "token_ids" (S,) and "batch", their data.collate; after the first call, what the last one
-    returned. Returns probe with fingerprint, engine_logprobs (S-1,), gap and seconds filled in.
-    Raises model.RankFailure on all ranks if one machine lacks space or one engine is stale.
+    "token_ids" (S,) and "batch", the model's inputs (data.collate without columns); after the
+    first call, what the last one returned. Returns probe with fingerprint, engine_logprobs (S-1,),
+    gap and seconds filled in. Raises model.RankFailure on all ranks if a machine lacks space or an
+    engine is stale.
     """
     started = time.perf_counter()
     torch.cuda.empty_cache()  # an engine that wakes up needs what torch has cached (CPU: no-op)
@@ -172,9 +172,8 @@ def sync_weights(model, engine, ctx, folder, version, probe):
     fingerprint = save_hf(model, published, ctx, dtype=dtype, one_per_node=True, durable=False)
 
     # Load, then score the probe on both sides.
-    inputs = {name: value for name, value in probe["batch"].items() if name in MODEL_INPUTS}
     with torch.no_grad():
-        trainer_logprobs = model(**inputs)[0][:-1].tolist()
+        trainer_logprobs = model(**probe["batch"])[0][:-1].tolist()
     engine_logprobs, gap = None, 0.0
     with raise_on_all_ranks(ctx, f"weight sync {version}"):
         if engine is not None:
