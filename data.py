@@ -63,7 +63,7 @@ def split_name(dataset):
 
 
 def source_hash(dataset):
-    """Identity of a data set: SHA-256 of a local file's or folder's bytes, or of a hub set's name."""
+    """Identity of a data set: SHA-256 of a local file's or folder's bytes, or of a hub id."""
     name, _, split = split_name(dataset)
     path = Path(name)
     known_by = split or "train" if path.exists() else dataset
@@ -167,12 +167,12 @@ def library_rows(dataset, name, config, split, columns):
         rows = datasets.load_from_disk(name)
     else:
         rows = datasets.load_dataset(name, config, streaming=True)
-    if not isinstance(rows, dict):
-        rows = {split or "train": rows}
-    if (split or "train") not in rows:
-        choices = ", ".join(":".join(filter(None, (name, config, there))) for there in rows)
-        raise DataError(f"{dataset} has no split {split or 'train'!r}; choose one of {choices}")
-    for table in rows[split or "train"].with_format("arrow").iter(batch_size=256):
+    wanted = split or "train"
+    splits = rows if isinstance(rows, dict) else {wanted: rows}
+    if wanted not in splits:
+        names = ", ".join(":".join(filter(None, (name, config, there))) for there in splits)
+        raise DataError(f"{dataset} has no split {wanted!r}; choose one of {names}")
+    for table in splits[wanted].with_format("arrow").iter(batch_size=256):
         yield from table_rows(table, columns)
 
 
@@ -229,19 +229,19 @@ def chat_turns(turns, column):
     return chat
 
 
-def with_system(chat, row, system_prompt, notes):
-    """The chat with its own system message, the row's column `system`, or else system_prompt."""
-    has_own = bool(chat) and chat[0]["role"] == "system"
-    if row.get("system") and has_own:
+def clean_messages(chat, row, system_prompt, turn, notes):
+    """
+    Messages with role and content alone, the texts as checked_text returns them.
+
+    The system message is the chat's own, or the row's column `system`, or else system_prompt.
+    """
+    if not chat or chat[0]["role"] != "system":
+        if row.get("system"):
+            notes["with a system column"] += 1
+        system = row.get("system") or system_prompt
+        chat = [{"role": "system", "content": system}, *chat] if system else chat
+    elif row.get("system"):
         raise Dropped("a column system beside a system message")
-    if row.get("system"):
-        notes["with a system column"] += 1
-    system = row.get("system") or system_prompt
-    return chat if has_own or not system else [{"role": "system", "content": system}, *chat]
-
-
-def checked_messages(chat, turn, notes):
-    """The messages of a chat, role and content alone; raises Dropped for a text as checked_text."""
     return [{"role": m["role"], "content": checked_text(m["content"], m["role"], turn, notes)}
             for m in chat]
 
@@ -285,8 +285,7 @@ def row_messages(row, turn, problem_column, generation_column, system_prompt, no
         thoughts = {key: row.get(key) for key in THOUGHTS}
         answer = {"role": "assistant", "content": row[generation_column], **thoughts}
         chat = [*prompt_messages(row[problem_column]), answer]
-    chat = with_system(chat, row, system_prompt, notes)
-    messages = checked_messages(chat, turn, notes)
+    messages = clean_messages(chat, row, system_prompt, turn, notes)
     answers = [message for message in chat if message["role"] == "assistant"]
     if not answers or chat[-1] is not answers[-1]:
         raise Dropped("no assistant turn at the end")
@@ -312,7 +311,7 @@ def with_thought(answer, text, turn, notes):
 
 
 def problem_messages(row, problem_column="problem"):
-    """(messages that ask the problem, the column they are in); raises Dropped."""
+    """(turns that ask the problem, the column they are in); raises Dropped."""
     for column in (problem_column, *PROBLEM_COLUMNS):
         value = row.get(column)
         if isinstance(value, str) and value.strip():
@@ -323,13 +322,13 @@ def problem_messages(row, problem_column="problem"):
                 chat.pop()  # a worked solution
             if not chat or chat[-1]["role"] != "user":
                 raise Dropped(f"no user turn at the end of {column}")
-            return [{"role": m["role"], "content": m["content"]} for m in chat], column
+            return chat, column
     raise Dropped(f"no text in column {problem_column!r}")
 
 
 def gold_answers(row, read_gold, answer_column="answer"):
     """
-    (accepted answers, the column they are in); raises Dropped. The first column with a value counts.
+    (accepted answers, the column they are in); raises Dropped. The first filled column counts.
 
     read_gold (rewards.gold_answer): text or number -> what is graded, None for what nobody can hit.
     """
@@ -367,9 +366,9 @@ GRPO_SYSTEM_PROMPT = (
 OPEN_RS_SYSTEM_PROMPT = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
     "it. The assistant first thinks about the reasoning process in the mind and then provides the "
-    r"user with the answer, and put your final answer within \boxed{{}} . The reasoning process and "
-    "answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., "
-    "<think> reasoning process here </think> <answer> answer here </answer>.")
+    r"user with the answer, and put your final answer within \boxed{{}} . The reasoning process "
+    "and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
+    "i.e., <think> reasoning process here </think> <answer> answer here </answer>.")
 SYSTEM_PROMPTS = {
     "sft": SFT_SYSTEM_PROMPT,
     "grpo": GRPO_SYSTEM_PROMPT,
@@ -377,7 +376,7 @@ SYSTEM_PROMPTS = {
     "open_rs3": OPEN_RS_SYSTEM_PROMPT + " Note that respond by English, NOT use other languages.",
     "none": "",
 }
-# The role markers that Fast-Math-R1's stage 1 trained with: ordinary text, no <think> to start from.
+# The role markers of Fast-Math-R1's stage 1: ordinary text, no <think> to start from.
 OPEN_R1_ROLES = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
@@ -467,7 +466,7 @@ def assistant_turn(tokenizer):
                         "no special token: the model would never learn to stop. "
                         "Choose another --chat_template")
     stops = [tokenizer.convert_ids_to_tokens(ids[special[0]]), tokenizer.eos_token]
-    # Control tokens are the special ones, and those the template writes (DeepSeek's are not special).
+    # Only the template may write special tokens and its own markers (DeepSeek's are not special).
     prompt = render(tokenizer, question, add_generation_prompt=True)
     added = tokenizer.added_tokens_decoder.values()
     control = [token.content for token in added
@@ -681,8 +680,7 @@ def problem_reader(tokenizer, read_gold, system_prompt, max_prompt_length, probl
 
     def read(row, number, notes):
         chat, column = problem_messages(row, problem_column)
-        chat = with_system(chat, row, system_prompt, notes)
-        messages = checked_messages(chat, turn, notes)
+        messages = clean_messages(chat, row, system_prompt, turn, notes)
         answers, answer_place = gold_answers(row, read_gold, answer_column)
         prompt = render(tokenizer, messages, add_generation_prompt=True)
         prompt_ids = encode_prompt(tokenizer, prompt)

@@ -33,7 +33,7 @@ def demo_problem(rng):
 
 def demo_generation(rng, steps, target, answer):
     """
-    A trace with the redundancy of R1: 0 to 3 re-checks, and a box that is not always in the thought.
+    A trace with the redundancy of R1: 0 to 3 re-checks, a box that is not always in the thought.
 
     Stage 1 learns an accurate but long-winded model from such traces; stage 2 can then find that
     skipping re-checks and boxing early costs nothing.
