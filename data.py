@@ -64,10 +64,10 @@ def split_name(dataset):
 
 def source_hash(dataset):
     """Identity of a data set: SHA-256 of a local file's or folder's bytes, or of a hub id."""
-    name, _, split = split_name(dataset)
+    name, config, split = split_name(dataset)
     path = Path(name)
-    known_by = split or "train" if path.exists() else dataset
-    digest = hashlib.sha256(known_by.encode())
+    part = f"{config}:{split or 'train'}"
+    digest = hashlib.sha256((part if path.exists() else dataset).encode())
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             with open(file, "rb") as stream:
@@ -438,51 +438,53 @@ class AssistantTurn:
     """What a chat template writes around an assistant's text."""
 
     ending: list  # ids after the text
-    trained: int  # so many of them are trained: up to the first special token, the end of turn
+    trained: int  # how many of them: up to the first special token, the end of turn; 0 if none is
     stops: list  # texts of the end of turn and of EOS
     control: list  # texts of the tokens that only the template may write
-    before_thought: str  # a thought that has a key of its own goes between these two
+    before_thought: str  # a thought with a key of its own is written between these two
     after_thought: str
 
 
 def assistant_turn(tokenizer):
-    """
-    The AssistantTurn of a template, found by rendering markers. Raises DataError.
-
-    A model whose end of turn is outside the loss never learns to stop. What follows it, such as a
-    newline, is never generated, and not trained.
-    """
+    """The AssistantTurn of a tokenizer's template, found by rendering markers."""
     question, marker, thought = prompt_messages("x"), "answer-marker", "thought-marker"
     answer = {"role": "assistant", "content": marker}
+    prompt = render(tokenizer, question, add_generation_prompt=True)
     text = render(tokenizer, [*question, answer])
     _, found, suffix = text.rpartition(marker)
     if not found:
         raise DataError("the chat template leaves out the assistant's text; "
                         "choose another --chat_template")
-    ids = tokenizer(suffix, add_special_tokens=False)["input_ids"]
-    special = [i for i, token in enumerate(ids) if token in tokenizer.all_special_ids]
-    if not special:
-        raise DataError(f"the chat template ends an assistant's turn with {suffix!r}, which holds "
-                        "no special token: the model would never learn to stop. "
-                        "Choose another --chat_template")
-    stops = [tokenizer.convert_ids_to_tokens(ids[special[0]]), tokenizer.eos_token]
+    ending = tokenizer(suffix, add_special_tokens=False)["input_ids"]
+    special = [i for i, token in enumerate(ending) if token in tokenizer.all_special_ids]
+    trained = special[0] + 1 if special else 0
+    stops = tokenizer.convert_ids_to_tokens(ending[trained - 1:trained])
+    stops += [tokenizer.eos_token] if tokenizer.eos_token else []
     # Only the template may write special tokens and its own markers (DeepSeek's are not special).
-    prompt = render(tokenizer, question, add_generation_prompt=True)
-    added = tokenizer.added_tokens_decoder.values()
-    control = [token.content for token in added
+    control = [token.content for token in tokenizer.added_tokens_decoder.values()
                if token.special or token.content.strip() and token.content in text + prompt]
     control = [token for token in control if token not in ("<think>", "</think>")]
-    # Where does the template put a thought? Where it knows of none, as DeepSeek-R1 writes it.
+    # Where does the template put a thought? If nowhere, it is written as by DeepSeek-R1.
     thinking = {**answer, **dict.fromkeys(THOUGHTS, thought)}
     pattern = re.escape(prompt) + f"(.*){thought}(.*){marker}.*"
     places = re.fullmatch(pattern, render(tokenizer, [*question, thinking]), re.DOTALL)
     before, after = places.groups() if places else ("<think>\n", "\n</think>\n\n")
-    return AssistantTurn(ids, special[0] + 1, stops, control, before, after)
+    return AssistantTurn(ending, trained, stops, control, before, after)
 
 
 def stop_token_id(tokenizer):
-    """The token that ends an assistant's turn: trained in SFT, and where generation must stop."""
+    """
+    The token that ends an assistant's turn: trained in SFT, and where generation must stop.
+
+    A model whose end of turn is outside the loss never learns to stop. What the template writes
+    after it, such as a newline, is never generated, and not trained.
+    """
     turn = assistant_turn(tokenizer)
+    if not turn.trained:
+        suffix = tokenizer.decode(turn.ending)
+        raise DataError(f"the chat template ends an assistant's turn with {suffix!r}, which holds "
+                        "no special token: the model would never learn to stop. "
+                        "Choose another --chat_template")
     return turn.ending[turn.trained - 1]
 
 
@@ -605,6 +607,7 @@ def read_all(dataset, columns, read, progress=False):
 def document_reader(tokenizer, max_length, loss_on, system_prompt, problem_column,
                     generation_column):
     """read(row, number, notes) -> Document, for read_all."""
+    stop_token_id(tokenizer)  # raises if the model would never learn to stop
     turn = assistant_turn(tokenizer)
 
     def read(row, number, notes):

@@ -140,10 +140,16 @@ def test_role_template_renders_the_recipe_text_and_one_bos(make_tokenizer):
     ("{% for m in messages %}{{ m['role'] }}{% endfor %}<eos>", "leaves out the assistant's text"),
     ("{{ raise_exception('no system') }}", "no system"),
 ])
-def test_a_template_that_cannot_be_trained_with_is_refused(template, message, make_tokenizer):
+def test_a_template_that_cannot_be_trained_with_is_refused(
+        template, message, make_tokenizer, tmp_path):
     tokenizer = make_tokenizer(template, [])
     with pytest.raises(data.DataError, match=message):
-        data.assistant_turn(tokenizer)
+        data.stop_token_id(tokenizer)
+    with pytest.raises(data.DataError, match=message):
+        documents_of([GOOD], tokenizer, tmp_path)
+    if "never learn" in message:  # a model that is only asked need not be trained with it
+        found = problems_of([{"problem": "1+1", "answer": 2}], tokenizer, tmp_path)
+        assert len(found.problems) == 1
 
 
 # -------------------------------------------------------------------------- rows
@@ -253,7 +259,9 @@ def test_arrow_files_and_folders_agree(tmp_path):
         assert list(data.iterate_rows(str(tmp_path / name))) == ROWS, name
     for name in ("splits:validation", "snapshot:validation"):
         assert list(data.iterate_rows(str(tmp_path / name))) == ROWS[4:], name
-    assert data.source_hash(f"{tmp_path}/splits") == data.source_hash(f"{tmp_path}/splits:train")
+    hashes = [data.source_hash(f"{tmp_path}/splits{part}")
+              for part in ("", ":train", ":validation", ":other:train")]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
     with pytest.raises(data.DataError, match="no split 'test'; choose one of .*splits:validation"):
         list(data.iterate_rows(f"{tmp_path}/splits:test"))
 
@@ -458,7 +466,7 @@ SHAPES = {
                        "solution": "$\\boxed{6}$"},
                       "problem in prompt, answer in solution"),
     "verl": ({"data_source": "x", "prompt": [{"role": "user", "content": "2*3"}],
-              "reward_model": {"style": "rule", "ground_truth": "6"}, "extra_info": {"index": 1}},
+              "reward_model": {"ground_truth": "6", "style": "rule"}, "extra_info": {"index": 1}},
              "problem in prompt, answer in reward_model"),
     "GSM8K": ({"question": "2*3", "answer": "Two times three is <<2*3=6>>6.\n#### 6"},
               "problem in question, answer in answer"),
