@@ -154,9 +154,14 @@ def parquet_rows(path, columns):
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(path)
-    wanted = [name for name in file.schema_arrow.names if columns is None or name in columns]
+    wanted = in_use(file.schema_arrow.names, columns)
     for batch in file.iter_batches(256, columns=wanted):
         yield from table_rows(pyarrow.Table.from_batches([batch]), columns)
+
+
+def in_use(names, columns):
+    """The names that are among columns; all of them if none is, for an error that shows them."""
+    return [name for name in names if name in (columns or names)] or names
 
 
 def library_rows(dataset, name, config, split, columns):
@@ -192,7 +197,7 @@ def table_rows(table, columns):
             return pyarrow.struct([f.with_type(replaced(f.type, leaf)) for f in kind])
         return leaf if kind == pyarrow.float32() else kind
 
-    table = table.select([n for n in table.column_names if columns is None or n in columns])
+    table = table.select(in_use(table.column_names, columns))
     fields = list(table.schema)
     for leaf in (pyarrow.string(), pyarrow.float64()):
         schema = pyarrow.schema([f.with_type(replaced(f.type, leaf)) for f in fields])
@@ -684,12 +689,12 @@ def problem_reader(tokenizer, read_gold, system_prompt, max_prompt_length, probl
     def read(row, number, notes):
         chat, column = problem_messages(row, problem_column)
         messages = clean_messages(chat, row, system_prompt, turn, notes)
-        answers, answer_place = gold_answers(row, read_gold, answer_column)
+        answers, gold_column = gold_answers(row, read_gold, answer_column)
         prompt = render(tokenizer, messages, add_generation_prompt=True)
         prompt_ids = encode_prompt(tokenizer, prompt)
         if len(prompt_ids) > max_prompt_length:
             raise Dropped(f"prompt longer than {max_prompt_length} tokens", malformed=False)
-        notes[f"with problem in {column}, answer in {answer_place}"] += 1
+        notes[f"with the columns {column}, {gold_column}"] += 1
         return Problem(number, messages[-1]["content"], answers, prompt_ids)
 
     return read

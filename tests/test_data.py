@@ -200,10 +200,15 @@ def test_overlong_documents_are_dropped_and_are_not_malformed(tokenizer, tmp_pat
 
 
 def test_a_data_set_without_a_usable_row_names_the_columns_it_has(tokenizer, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     with pytest.raises(data.DataError, match="no row can be used.*'problem'.*'ask, gen'"):
         documents_of([{"ask": "1+1", "gen": "2"}], tokenizer, tmp_path)
-    with pytest.raises(data.DataError, match="no text in column 'problem'.*'ask, gen'"):
-        problems_of([{"ask": "1+1", "gen": "2"}], tokenizer, tmp_path)
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"ask": ["1+1"] * 3, "gen": ["2"] * 3}), path)
+    with pytest.raises(data.DataError, match="3 no text in column 'problem'.*'ask, gen'"):
+        data.load_problems(str(path), tokenizer, gold_answer)
 
 
 def test_conversations_and_messages_become_the_same_document(tokenizer, tmp_path):
@@ -454,26 +459,26 @@ def test_tokens_that_only_the_template_writes_need_not_be_special(demo, tmp_path
 
 # -------------------------------------------------------------------------- problems
 SHAPES = {
-    "problem, answer": ({"problem": "2*3", "answer": 6}, "problem in problem, answer in answer"),
+    "problem, answer": ({"problem": "2*3", "answer": 6}, "problem, answer"),
     "messages": ({"messages": [{"role": "user", "content": "2*3"},
                                {"role": "assistant", "content": "a solution"}], "answer": "6"},
-                 "problem in messages, answer in answer"),
+                 "messages, answer"),
     "conversations": ({"conversations": [{"from": "human", "value": "2*3"}], "answer": "6"},
-                      "problem in conversations, answer in answer"),
+                      "conversations, answer"),
     "TRL, text": ({"prompt": "2*3", "ground_truth": "6"},
-                  "problem in prompt, answer in ground_truth"),
+                  "prompt, ground_truth"),
     "TRL, messages": ({"prompt": [{"role": "user", "content": "2*3"}],
                        "solution": "$\\boxed{6}$"},
-                      "problem in prompt, answer in solution"),
+                      "prompt, solution"),
     "verl": ({"data_source": "x", "prompt": [{"role": "user", "content": "2*3"}],
               "reward_model": {"ground_truth": "6", "style": "rule"}, "extra_info": {"index": 1}},
-             "problem in prompt, answer in reward_model"),
+             "prompt, reward_model"),
     "GSM8K": ({"question": "2*3", "answer": "Two times three is <<2*3=6>>6.\n#### 6"},
-              "problem in question, answer in answer"),
+              "question, answer"),
     "solution": ({"problem": "2*3", "answer": "", "solution": "\\boxed{5}? No, \\boxed{6}."},
-                 "problem in problem, answer in solution"),
+                 "problem, solution"),
     "list": ({"question": "2*3", "final_answer": ["6", "6.0", "6"]},
-             "problem in question, answer in final_answer"),
+             "question, final_answer"),
 }
 
 
@@ -491,16 +496,17 @@ def test_problems_are_found_in_the_shapes_people_have(shape, ending, tokenizer, 
     assert (problem.row, problem.problem, problem.answers[0]) == (0, "2*3", "6")
     assert problem.prompt_ids == data.chat_prompt_ids(tokenizer, "2*3", "Be brief.")
     assert len(problem.answers) == (2 if shape == "list" else 1)
-    assert found.summary() == f"1 of 1 rows kept; dropped: none; 1 with {said}"
+    assert found.summary() == f"1 of 1 rows kept; dropped: none; 1 with the columns {said}"
 
 
 def test_a_prompt_of_several_messages_is_rendered_whole(tokenizer, tmp_path):
     last = {"role": "user", "content": "3+4"}
     chat = [{"role": "system", "content": "Add."}, USER, ASSISTANT, last]
-    found = problems_of([{"prompt": chat, "answer": "7"}], tokenizer, tmp_path, system_prompt="flag")
-    text = tokenizer.decode(found.problems[0].prompt_ids)
-    assert text == ("<|system|>Add.<|end|><|user|>1+1<|end|><|assistant|>2<|end|>"
-                    "<|user|>3+4<|end|><|assistant|><think>\n")
+    rows = [{"prompt": chat, "answer": "7"}]
+    found = problems_of(rows, tokenizer, tmp_path, system_prompt="flag")
+    assert tokenizer.decode(found.problems[0].prompt_ids) == (
+        "<|system|>Add.<|end|><|user|>1+1<|end|><|assistant|>2<|end|>"
+        "<|user|>3+4<|end|><|assistant|><think>\n")
     assert found.problems[0].problem == "3+4"
 
 
@@ -699,4 +705,4 @@ def test_show_prints_problems_as_grpo_sees_them(demo, tmp_path):
     plain = done.stdout.replace("\033[90m", "").replace("\033[0m", "")
     assert "--- row 0: dropped, answer that the grader cannot read" in plain
     assert "gold 2\n<|user|>1+1<|end|><|assistant|><think>\n" in plain
-    assert "1 with problem in prompt, answer in reward_model" in plain
+    assert "1 with the columns prompt, reward_model" in plain
