@@ -94,12 +94,10 @@ def iterate_rows(dataset, columns=None):
             yield from known[ending](path, columns)
         elif path.is_file():
             raise DataError(f"{dataset}: want .json, .jsonl, .csv (or .gz) or .parquet, no split")
-        elif ending in known:
-            raise DataError(f"data set {dataset} does not exist")
-        elif name and (path.is_dir() or is_hub_id):
+        elif name and path.is_dir() or is_hub_id and ending not in known:
             yield from library_rows(dataset, name, config, split, columns)
         else:
-            raise DataError(f"data set {dataset!r} is no file, no folder and no hub id owner/name")
+            raise DataError(f"data set {dataset} does not exist: no file, no folder, no hub id")
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001  (the readers raise a dozen unrelated types)
@@ -131,7 +129,7 @@ def parsed_line(line):
 
     try:
         row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
-        json.dumps(row, ensure_ascii=False).encode()  # fails on half a surrogate pair, "\\ud83d"
+        json.dumps(row, ensure_ascii=False).encode()  # fails on half a surrogate pair
     except Dropped as dropped:
         return dropped
     except UnicodeError:
