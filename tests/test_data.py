@@ -304,8 +304,11 @@ def test_sources_that_are_not_there(name, message, tmp_path):
 
 def test_csv_rows_keep_their_text_and_count_their_fields(tmp_path):
     path = tmp_path / "x.csv"
-    path.write_text('problem,answer\n"two, lines\nof it",0.50\nshort\nmuch,too,long\nx,007\n')
-    good, short, long, padded = data.iterate_rows(str(path))
+    trace = "so " * 100_000  # more than the csv module takes without being told
+    path.write_text('problem,answer\n"two, lines\nof it",0.50\nshort\nmuch,too,long\n'
+                    f"x,007\n{trace},1\n")
+    good, short, long, padded, large = data.iterate_rows(str(path))
+    assert large == {"problem": trace, "answer": "1"}
     assert good == {"problem": "two, lines\nof it", "answer": "0.50"} and padded["answer"] == "007"
     assert str(short) == str(long) == "wrong number of fields"
 
