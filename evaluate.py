@@ -46,6 +46,15 @@ import model as policy_lib
 import rewards as reward_lib
 import rollout as rollout_lib
 
+BENCHMARKS = {
+    "aime24": "HuggingFaceH4/aime_2024:train",
+    "aime25": "yentinglin/aime_2025:train",
+    "math500": "HuggingFaceH4/MATH-500:test",
+    "amc23": "knoveleng/AMC-23:train",
+    "minerva": "knoveleng/Minerva-Math:train",
+    "olympiadbench": "knoveleng/OlympiadBench:train",
+    "gsm8k": "openai/gsm8k:main:test",
+}
 # name: (system prompt, user turn). Literal: the doubled braces of training and README are a slip of the originals that
 # the released models saw; lighteval does format its string, so its braces are single ("clearly." has two spaces).
 PROMPT_STYLES = {
@@ -65,7 +74,7 @@ class EvalConfig:
     # What to measure
     model: str = HfArg(default="runs/grpo/final", help="Comma list of folders or hub ids; name=path sets the name.")
     benchmark: str = HfArg(default="aime24,aime25", help=(
-        f"Comma list: {', '.join(data.BENCHMARKS)}, demo:test, or files with columns problem and answer."))
+        f"Comma list: {', '.join(BENCHMARKS)}, demo:test, or files with columns problem and answer."))
     benchmark_dir: str = HfArg(default="", help="Folder with copies of named benchmarks (aime24.json); empty: the hub.")
     limit: int = HfArg(default=0, help="Only the first so many problems of each benchmark; 0: all.")
     num_samples: int = HfArg(default=64, help="n: samples per problem. Raising it later keeps those drawn so far.")
@@ -283,10 +292,10 @@ def accepted_answers(row):
 
 def benchmark_source(name, benchmark_dir):
     """(label, data set for data.load_rows, split) of one entry of --benchmark."""
-    if name not in data.BENCHMARKS:
+    if name not in BENCHMARKS:
         return name.replace(":", "-") if name.startswith("demo") else Path(name).stem, name, "test"
     if not benchmark_dir:
-        return name, *data.BENCHMARKS[name]
+        return name, *BENCHMARKS[name]
     endings = (".json", ".jsonl", ".parquet", "_test.jsonl")
     candidates = [Path(benchmark_dir, name + ending) for ending in endings]
     found = [path for path in candidates if path.is_file()]

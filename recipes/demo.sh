@@ -35,7 +35,7 @@ if [ -e "$output" ] && [ -n "$(ls -A "$output")" ] && [ ! -f "$output/.demo" ]; 
 fi
 rm -rf "$output"
 mkdir -p "$output" && touch "$output/.demo"
-python data.py build --recipe demo --output "$output" --seed "$seed"
+python recipes/make_demo.py --output "$output" --seed "$seed"
 
 echo "== stage 1: SFT, $sft_steps steps"
 "${launch[@]}" train_sft.py \

@@ -29,6 +29,8 @@ import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from build_data import load_rows, question  # noqa: E402
+
 import data  # noqa: E402
 
 SCALE = 12800  # tokens that make a label of 1
@@ -56,8 +58,8 @@ def correlation(x, y):
 
 
 def train(args):
-    rows = data.load_rows(args.dataset)
-    pairs = [(data.question(row), row.get(args.label_column)) for row in rows]
+    rows = load_rows(args.dataset)
+    pairs = [(question(row), row.get(args.label_column)) for row in rows]
     pairs = [(text, n / SCALE) for text, n in pairs if text and isinstance(n, (int, float)) and n > 0]
     print(f"{args.dataset}: {len(pairs):,} of {len(rows):,} rows have a problem and a {args.label_column}")
     random.Random(args.seed).shuffle(pairs)
@@ -99,7 +101,7 @@ def train(args):
 
 
 def predict(args):
-    texts = [data.question(row) or data.question(row, "question") for row in data.load_rows(args.dataset)]
+    texts = [question(row) for row in load_rows(args.dataset)]
     problems = [text for text in texts if text]
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(args.model)

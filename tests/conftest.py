@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import data  # noqa: E402
+from make_demo import write_demo  # noqa: E402
 
 
 def tiny_config(arch="qwen2", tie=False, vocab_size=336, hidden_size=64, layers=2):
@@ -43,7 +43,7 @@ def tiny_model(path, arch="qwen2", tie=False, seed=0, **options):
 def demo(tmp_path_factory):
     """Folder of the miniature recipe: base/ (model and tokenizer), train.jsonl, rl.jsonl, test.jsonl."""
     folder = tmp_path_factory.mktemp("demo")
-    data.write_demo(folder)
+    write_demo(folder)
     return folder
 
 
