@@ -238,6 +238,48 @@ def chat_prompt_ids(tokenizer, problem, system_prompt=""):
     return encode_prompt(tokenizer, text)
 
 
+@dataclass
+class Problem:
+    """STAND-IN until the merge: one question; answers: accepted gold strings."""
+
+    row: int
+    problem: str
+    answers: list
+    prompt_ids: list
+
+
+class Problems:
+    """STAND-IN until the merge."""
+
+    def __init__(self, problems, text):
+        self.problems, self.text = problems, text
+
+    def summary(self):
+        return self.text
+
+
+def load_problems(dataset, tokenizer, read_gold, system_prompt="", max_prompt_length=1024,
+                  problem_column="problem", answer_column="answer"):
+    """STAND-IN until the merge: what evaluate.py needs of the contract's load_problems."""
+    name, _, split = dataset.rpartition(":")
+    name, split = (name, split) if name and not Path(dataset).exists() else (dataset, "train")
+    rows, problems = load_rows(name, split), []
+    for number, row in enumerate(rows):
+        text = row.get(problem_column) or row.get("question")
+        golds = row.get(answer_column)
+        if golds in (None, "", []):
+            golds = row.get("solution")
+        golds = [read_gold(gold) for gold in (golds if isinstance(golds, list) else [golds])]
+        golds = list(dict.fromkeys(gold for gold in golds if gold is not None))
+        if isinstance(text, str) and text.strip() and golds:
+            ids = chat_prompt_ids(tokenizer, text, system_prompt)
+            if len(ids) <= max_prompt_length:
+                problems.append(Problem(number, text, golds, ids))
+    if not problems:
+        raise DataError(f"{dataset}: no usable problem in {len(rows)} rows")
+    return Problems(problems, f"{dataset}: {len(problems)} problems, {len(rows) - len(problems)} of {len(rows)} dropped")
+
+
 def end_of_turn(tokenizer):
     """
     (ids, trained): what the template writes after an assistant's text, and how many of those ids are trained.
