@@ -299,14 +299,13 @@ def draw_missing(cfg, ctx, layout, name, model_path, max_tokens):
     folder = Path(cfg.output_dir, name, settings_hash)
     folder.mkdir(parents=True, exist_ok=True)
     if ctx.is_main:
-        origin = {"model": str(model_path), "command": sys.argv, "git_commit": git_commit()}
-        write_atomically(folder / "settings.json", json.dumps(settings | origin, indent=1))
-        rows = {benchmark: [] for benchmark, _ in questions}
-        for (benchmark, key), q in questions.items():
-            rows[benchmark].append({"id": key, "problem": q.problem, "answers": q.answers,
-                                    "prompt": tokenizer.decode(q.prompt_ids)})
-        for benchmark in rows:
-            write_jsonl(folder / f"problems-{benchmark}.jsonl", rows[benchmark])
+        settings |= {"model": str(model_path), "git_commit": git_commit()}
+        write_atomically(folder / "settings.json", json.dumps(settings, indent=1))
+        for benchmark in benchmark_list(cfg):
+            write_jsonl(folder / f"problems-{benchmark}.jsonl", [
+                {"id": key, "problem": q.problem, "answers": q.answers,
+                 "prompt": tokenizer.decode(q.prompt_ids)}
+                for (name, key), q in questions.items() if name == benchmark])
 
     # Shares are cut before looking at what is stored: other ranks may be writing already. Every
     # engine gets samples of every problem, so that none is left alone with the long ones.
@@ -482,9 +481,16 @@ def score_benchmark(cfg, folder, samples, benchmark, budgets):
 # --------------------------------------------------------------------------------------------------
 # 4. Intervals and paired comparison
 # --------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=2)
+def bootstrap_draws(count, resamples, seed):
+    """How often each of `count` problems is in each resample: (R, P) integers."""
+    shares = np.full(count, 1 / count)
+    return np.random.default_rng(seed).multinomial(count, shares, size=resamples)
+
+
 def bootstrap_interval(numerators, denominators, resamples=4000, seed=0):
     """
-    95% interval of sum(numerators) / sum(denominators) over problems: (P, M) in, (2, M) out.
+    95% interval of sum(numerators) / sum(denominators) over problems: (P, ...) in, (2, ...) out.
 
     Problems are drawn with replacement, each with all its samples. Plain percentiles are too
     narrow for few problems, by sqrt((P-1)/P) and by the normal tail where Student's is due, so they
@@ -496,8 +502,7 @@ def bootstrap_interval(numerators, denominators, resamples=4000, seed=0):
     # Student's quantile for v degrees of freedom, expanded around the normal one
     t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
     tail = NormalDist().cdf(-t * math.sqrt(count / v))
-    shares = np.full(count, 1 / count)
-    draws = np.random.default_rng(seed).multinomial(count, shares, size=resamples)  # (R, P)
+    draws = bootstrap_draws(count, resamples, seed)
     with np.errstate(invalid="ignore"):  # a resample in which nobody answered has no mean length
         ratios = (draws @ numerators) / (draws @ denominators)
     return np.nanquantile(ratios, [tail, 1 - tail], axis=0)
@@ -505,14 +510,14 @@ def bootstrap_interval(numerators, denominators, resamples=4000, seed=0):
 
 def summarise(per_problem):
     """{metric: value; "interval": {metric: [low, high]}} of P problem_metrics; None: no value."""
-    result = dict.fromkeys(per_problem[0])
-    sums = {name: np.array([row[name] for row in per_problem], float) for name in result}  # (P, 2)
-    names = [name for name in result if sums[name][:, 1].sum() > 0]
-    numerators, denominators = np.stack([sums[name] for name in names], axis=2).swapaxes(0, 1)
-    low, high = bootstrap_interval(numerators, denominators).tolist()  # (M,) each
-    result |= zip(names, (numerators.sum(0) / denominators.sum(0)).tolist(), strict=True)
-    intervals = zip(low, high, strict=True)
-    return result | {"interval": dict(zip(names, map(list, intervals), strict=True))}
+    values, intervals = {}, {}
+    for name in per_problem[0]:
+        values[name] = None
+        numerators, denominators = np.array([row[name] for row in per_problem], float).T  # (P,)
+        if denominators.any():
+            values[name] = float(numerators.sum() / denominators.sum())
+            intervals[name] = bootstrap_interval(numerators, denominators).tolist()
+    return values | {"interval": intervals}
 
 
 def paired_difference(first, second):
@@ -522,13 +527,14 @@ def paired_difference(first, second):
     first, second: problem_metrics of the same P problems in the same order. Subtracting per problem
     cancels what both models share, the spread between easy and hard problems.
     """
-    names = [name for name in first[0] if "@" in name or name == "tokens"]  # denominator 1
-    differences = np.array([[b[name][0] - a[name][0] for name in names]
-                            for a, b in zip(first, second, strict=True)])  # (P, M)
-    low, high = bootstrap_interval(differences, np.ones_like(differences))
-    columns = np.stack([differences.mean(0), low, high], axis=1).tolist()
-    parts = [dict(zip(("difference", "low", "high"), column, strict=True)) for column in columns]
-    return dict(zip(names, parts, strict=True))
+    result = {}
+    for name in first[0]:
+        if "@" in name or name == "tokens":  # those whose denominator is 1
+            pairs = zip(first, second, strict=True)
+            differences = np.array([b[name][0] - a[name][0] for a, b in pairs])  # (P,)
+            low, high = bootstrap_interval(differences, np.ones(len(first))).tolist()
+            result[name] = {"difference": float(differences.mean()), "low": low, "high": high}
+    return result
 
 
 def compare_models(benchmark, by_model):
