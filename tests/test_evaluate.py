@@ -369,7 +369,7 @@ def test_table_comparison_and_plot_without_a_model(tmp_path):
     rng = np.random.default_rng(0)
     long, short = ({f"p{p}": [("1" if rng.random() < (p + 1) / 15 else "2", int(rng.integers(low, high)), "stop")
                               for _ in range(4)] for p in range(12)} for low, high in ((50, 100), (10, 40)))
-    models = [store(tmp_path / "eval" / "long" / "hash", long), store(tmp_path / "eval" / "short" / "hash", short)]
+    models = [store(tmp_path / "stored" / "long" / "hash", long), store(tmp_path / "stored" / "short" / "hash", short)]
     plot = tmp_path / "figures" / "curve.png"
     done = run(sys.executable, ROOT / "evaluate.py", "--benchmark", "toy", "--output_dir", tmp_path / "eval",
                "--model", ",".join(map(str, models)), "--num_samples", 4, "--budgets", "100,60,30", "--plot", plot)
@@ -404,14 +404,15 @@ def test_table_comparison_and_plot_without_a_model(tmp_path):
     assert len(grades) == 48 and {g["correct"] for g in grades} == {True, False}
 
 
-def test_plot_has_its_legend_outside_the_curves(tmp_path):
+@pytest.mark.parametrize("benchmarks", [["one"], ["one", "two"]])
+def test_plot_has_its_legend_outside_the_curves(tmp_path, benchmarks):
     samples = {f"p{i}": [("1", 10 * i + 5, "stop"), ("2", 9, "stop")] for i in range(6)}
     names = [f"a long name of a model {i}" for i in range(5)]
     scored = {}
-    for benchmark in ("one", "two"):
+    for benchmark in benchmarks:
         folder = store(tmp_path / benchmark / "hash", samples, benchmark)
         scores = evaluate.score_benchmark(
-            config(num_samples=2), folder, evaluate.read_samples(folder), benchmark, [20, 60])
+            config(num_samples=2), folder, evaluate.read_samples(folder), benchmark, [20, 60], folder)
         scored[benchmark] = dict.fromkeys(names, scores)
     figure = evaluate.budget_plot(scored, [20, 60])
     figure.savefig(tmp_path / "plot.png")
