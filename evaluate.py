@@ -103,11 +103,9 @@ class EvalConfig:
     num_samples: int = HfArg(default=64, help="n: samples per problem; may be raised later.")
     budgets: str = HfArg(default="8000,12000,16000", help=(
         "Token budgets to score. What is generated is the largest; it may be raised later."))
-    answer_scope: str = HfArg(default="full", help=(
-        "full: the last box; before_think_end: the last before </think>."))
+    answer_scope: str = HfArg(default="full", help="Where boxes count; or before_think_end.")
     # Prompt and sampling
-    prompt_style: str = HfArg(default="training", help=(
-        "training (its system prompt), lighteval or readme (user turn only), none."))
+    prompt_style: str = HfArg(default="training", help="training, lighteval, readme or none.")
     system_prompt: str = HfArg(default="", help=(
         "Instead of the style's: sft, grpo, open_rs, open_rs3, none, or the text itself."))
     chat_template: str = HfArg(default="tokenizer", aliases=["--template"], help=(
@@ -203,8 +201,7 @@ def load_questions(cfg, tokenizer, verbose=True):
     """
     {(benchmark, id): data.Problem} of all benchmarks, with prompts in the style asked for.
 
-    id: hash of the problem's text, so that neither order nor --limit changes its seeds. Raises
-    DataError where nothing of a benchmark can be used.
+    id: hash of the text, so that neither order nor --limit changes its seeds. Raises DataError.
     """
     system_prompt, user_turn = prompt_parts(cfg)
     questions = {}
@@ -273,11 +270,7 @@ def write_jsonl(path, rows):
 
 
 def draw_missing(cfg, ctx, layout, name, model_path, max_tokens):
-    """
-    Draw this engine's share of the samples that a model lacks -> the folder of its samples.
-
-    Raises ValueError if the model has too few positions, EngineError if the engine gives up.
-    """
+    """Draw this engine's share of what a model lacks -> folder of its samples. EngineError."""
     tokenizer = load_tokenizer(model_path)
     set_chat_template(tokenizer, cfg.chat_template)
     questions = load_questions(cfg, tokenizer, verbose=ctx.is_main)

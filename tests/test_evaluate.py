@@ -382,6 +382,8 @@ def test_table_comparison_and_plot_without_a_model(tmp_path):
         assert len({line.count("|") for line in block}) == 1
     assert blocks[0][0] == "| model | 30 | tokens | 60 | tokens | 100 | tokens |"
 
+    assert "]* |" in blocks[2][-1] and "-" in blocks[2][-1]     # fewer tokens: zero is outside
+
     metrics = {m: json.loads((tmp_path / "eval" / m / "metrics-toy.json").read_text()) for m in ("long", "short")}
     accuracy = {m: np.array([[a == "1" for a, *_ in group] for group in samples.values()]).mean()
                 for m, samples in (("long", long), ("short", short))}
