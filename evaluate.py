@@ -103,7 +103,7 @@ class EvalConfig:
     num_samples: int = HfArg(default=64, help="n: samples per problem; may be raised later.")
     budgets: str = HfArg(default="8000,12000,16000", help=(
         "Token budgets to score. What is generated is the largest; it may be raised later."))
-    answer_scope: str = HfArg(default="full", help="Where boxes count; or before_think_end.")
+    answer_scope: str = HfArg(default="full", help="full; before_think_end: box before </think>.")
     # Prompt and sampling
     prompt_style: str = HfArg(default="training", help="training, lighteval, readme or none.")
     system_prompt: str = HfArg(default="", help=(
