@@ -56,6 +56,6 @@ echo "== evaluation: $eval_problems held-out problems x $eval_samples samples"
 "${launch[@]}" evaluate.py \
   --model "base=$output/base,SFT=$output/sft/final,SFT + GRPO=$output/grpo/final" --benchmark "$output/test.jsonl" \
   --limit "$eval_problems" --num_samples "$eval_samples" --budgets 64,96,128,192,320 --prompt_style none --top_p 1 --min_p 0 \
-  --seed "$seed" --output_dir "$output/eval" --compare --plot "$output/eval/budgets.png"
+  --seed "$seed" --output_dir "$output/eval" --plot "$output/eval/budgets.png"
 
 echo "== demo done in $(( (SECONDS - started) / 60 )) min $(( (SECONDS - started) % 60 )) s after set-up"

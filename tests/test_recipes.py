@@ -298,6 +298,25 @@ def test_token_scheduler_learns_and_its_limits_are_read(demo, tmp_path):
         tmp_path / "limits.jsonl",
     )
     assert done.returncode == 0, done.stderr
-    limits = evaluate.token_limit_table(str(tmp_path / "limits.jsonl"))
-    easy, hard = limits[rows[0]["problem"]], limits[rows[1]["problem"]]
-    assert 10500 <= easy < hard <= 13300
+    written = [json.loads(line) for line in (tmp_path / "limits.jsonl").read_text().splitlines()]
+    assert [row["problem"] for row in written] == [row["problem"] for row in rows[:2]]
+    assert 10500 <= written[0]["token_limit"] < written[1]["token_limit"] <= 13300
+
+
+def test_token_limits_are_scored_from_stored_samples(tmp_path):
+    def write(name, rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    write("problems-toy.jsonl", [{"id": i, "problem": f"problem {i}", "answers": ["1"]} for i in "ab"])
+    write("samples-000.jsonl", [
+        {"benchmark": "toy", "id": i, "sample": s, "length": n, "finish_reason": "stop", "text": "\\boxed{1}"}
+        for i, lengths in (("a", (10, 20)), ("b", (40, 50))) for s, n in enumerate(lengths)])
+    limits = write("limits.jsonl", [{"problem": "problem a", "token_limit": 20}, {"problem": "problem b", "token_limit": 40}])
+    command = (sys.executable, ROOT / "recipes" / "token_scheduler.py", "score", "--samples", tmp_path, "--benchmark", "toy")
+    done = run(*command, "--limits", limits)
+    assert done.returncode == 0, done.stderr
+    assert "| own limits | 30 | 75.0" in done.stdout and "| 28 | 25.0% |" in done.stdout
+    assert "| their mean | 30 | 50.0" in done.stdout and "| 22 | 50.0% |" in done.stdout
+    done = run(*command, "--limits", write("bad.jsonl", [{"problem": "problem a", "token_limit": 0}]))
+    assert done.returncode == 1 and "limit 0" in done.stderr
