@@ -36,25 +36,27 @@ MAX_ANSWERS = 8  # per group
 MAX_GROUPS_IN_OVERVIEW = 64
 TOKENS_PER_ANSWER = (1200, 600, 300, 150, 75, 40)  # tried in turn until the page is small enough
 
-PANELS = [  # title, metrics; a metric ending in * stands for every other one with that start
+PANELS = [  # title, metrics; a metric ending in * means every other one with that start
     ("Reward and its parts", ["reward/total", "reward/*"]),
     ("Share of answers", ["completions/correct", "completions/truncated", "eval/pass@1"]),
     ("Tokens per answer", ["completions/mean_length", "eval/mean_length"]),
     ("Loss", ["loss", "eval/loss"]),
-    ("Rewards within a group", ["reward/std_within_group", "reward/groups_of_equal_rewards"]),
     ("Entropy in nats per token", ["update/entropy", "entropy"]),
     ("KL to the starting model, per token", ["update/kl"]),
     ("Gap between sampler and trainer", ["rollout/logprob_gap", "sync/logprob_gap"]),
+    ("Rewards within a group", ["reward/std_within_group", "reward/groups_of_equal_rewards"]),
+    ("Seconds per step, by phase", ["time/step", "time/*"]),
     ("Share of clipped tokens", ["update/clip_low", "update/clip_high"]),
     ("Gradient norm", ["grad_norm"]),
     ("Learning rate", ["lr"]),
     ("Tokens per second", ["tokens_per_second", "rollout/tokens_per_second"]),
     ("Peak memory in GB", ["peak_memory_gb"]),
-    ("Seconds per step, by phase", ["time/step", "time/*"]),
 ]
+PANELS_AT_FIRST = 9  # those after them are folded
 NOT_A_PART = {"reward/std_within_group", "reward/groups_of_equal_rewards",  # not parts of a reward
               "time/rewards", "time/rollout_wait"}  # within the time of the rollout
-GAP_LEVELS = (0.01, 0.05, 0.2, 0.7)  # nats; a gap of 0.01 is 1% of the probability, 0.7 a factor 2
+SHARE_LEVELS = (0.02, 0.1, 0.3, 0.6)  # of the largest update in the step: where a shade begins
+GAP_LEVELS = (0.01, 0.05, 0.2, 0.7)  # nats: 0.01 is 1% of the probability, 0.7 a factor of 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -158,14 +160,17 @@ def chart(title, curves, width=372, height=150):
 
 
 def charts(rows):
-    """The panels that this run has numbers for; one that is 0 throughout is left out."""
+    """The panels that this run has numbers for, unless all are 0; the first of them unfolded."""
     figures = []
     for title, names in PANELS:
         curves = {name: [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
                   for name in panel_metrics(names, rows)}
         if any(y for points in curves.values() for _, y in points):
             figures.append(chart(title, curves))
-    return "\n".join(figures)
+    shown, folded = figures[:PANELS_AT_FIRST], figures[PANELS_AT_FIRST:]
+    more = f"""<details><summary><span>{len(folded)} more curves</span></summary>
+<div class="charts">{"".join(folded)}</div></details>""" if folded else ""
+    return f'<div class="charts">{"".join(shown)}</div>{more}'
 
 
 def stat_line(rows, config):
@@ -232,6 +237,8 @@ def overview(groups, chosen, width=1140, height=190):
     ranked = [g for g in groups if is_number(g.mean)]
     size = math.ceil(len(ranked) / MAX_GROUPS_IN_OVERVIEW)
     shown = [g for i, g in enumerate(ranked) if i % size == 0 or g.index in names]
+    if not shown:
+        return ""  # no answer of this step has a reward
     rewards = [a["reward"] for g in shown for a in g.answers if is_number(a["reward"])]
     low, high = value_range(rewards)
     left, top, bottom = 42, 24, height - 8
@@ -298,69 +305,61 @@ def update_of(answer, cap):
     return values
 
 
-def level(value, largest):
-    """-4 ... 4: the share of the largest absolute value, in quarters, rounded up; 0 below 2%."""
-    share = min(abs(value) / largest, 1.0) if largest else 0.0
-    return 0 if share < 0.02 else int(math.copysign(math.ceil(share * 4), value))
-
-
-def gap_level(gap):
-    return int(math.copysign(sum(abs(gap) >= bound for bound in GAP_LEVELS), gap))
+def level(value, bounds):
+    """The shade of a value, -4 ... 4: how many of the bounds it reaches, with its sign."""
+    return int(math.copysign(sum(abs(value) >= bound for bound in bounds), value))
 
 
 def coloured_tokens(answer, texts, values, largest, positions):
-    """HTML of some tokens of an answer; neighbours that look the same share an element."""
-    parts, run, run_classes = [], [], None
-    for i in [*positions, None]:
-        classes, title = None, ""
-        if i is not None:
-            update, logit, gap = values[i]
-            levels = {"u": level(update, largest), "l": level(logit, largest), "g": gap_level(gap)}
-            classes = " ".join(f"{kind}{n}" for kind, n in levels.items() if n)
-            if levels["l"] or levels["g"]:
-                entropy = answer.get("entropy")
-                title = (f' title="p {math.exp(answer["logprobs"][i]):.2g}, gap {gap:+.3f}'
-                         f'{f", entropy {entropy[i]:.2f}" if entropy else ""}"')
-        if run and (title or classes != run_classes):
-            parts.append(f'<i class="{run_classes}">{"".join(run)}</i>')
-            run = []
-        if i is None:
-            break
-        text = escaped(texts[i]).replace("\n", "↵\n")
-        if title:
-            parts.append(f'<i class="{classes}"{title}>{text}</i>')
-            continue
-        run, run_classes = [*run, text], classes
-    return "".join(parts)
+    """HTML of some tokens of an answer; neighbours of the same shades share an element."""
+    parts = []  # [classes, title, text]
+    for i, text in zip(positions, texts, strict=True):
+        update, logit, gap = values[i]
+        shades = {"u": level(update / largest, SHARE_LEVELS),
+                  "l": level(logit / largest, SHARE_LEVELS), "g": level(gap, GAP_LEVELS)}
+        classes = " ".join(f"{letter}{shade}" for letter, shade in shades.items() if shade)
+        title = ""
+        if shades["l"] or shades["g"]:
+            title = f"p {math.exp(answer['logprobs'][i]):.2g}, gap {gap:+.3f}"
+            title += f", entropy {answer['entropy'][i]:.2f}" if "entropy" in answer else ""
+        text = escaped(text).replace("\n", "↵\n")
+        if parts and not title and parts[-1][:2] == [classes, ""]:
+            parts[-1][2] += text
+        else:
+            parts.append([classes, title, text])
+    return "".join(f'<i class="{classes}" title="{title}">{text}</i>' if title
+                   else f'<i class="{classes}">{text}</i>' for classes, title, text in parts)
 
 
 def answer_text(answer, tokenizer, cap, largest, budget):
-    """The text of an answer in colour; beyond `budget` tokens the middle is cut out."""
-    head = budget * 2 // 3
-    tail = budget - head
-    if tokenizer is None or not has_token_data(answer):
-        text = answer["text"]
-        shade = level(answer["advantage"], largest)
-        start, end, cut = text, "", len(text) - 4 * budget  # about four characters per token
-        if cut > 0:
-            start, end = text[:4 * head], text[-4 * tail:]
-        left_out = f"<em>… {cut:,} characters are left out here …</em>" if cut > 0 else ""
-        return f'<pre class="u{shade}">{escaped(start)}{left_out}{escaped(end)}</pre>'
-    ids = answer["token_ids"]
-    cut = len(ids) - budget
-    values = update_of(answer, cap)
-    if cut <= 0:
-        texts = token_texts(tokenizer, ids)
-        return f"<pre>{coloured_tokens(answer, texts, values, largest, range(len(ids)))}</pre>"
-    texts = token_texts(tokenizer, ids[:head]) + [""] * cut + token_texts(tokenizer, ids[-tail:])
-    start = coloured_tokens(answer, texts, values, largest, range(head))
-    end = coloured_tokens(answer, texts, values, largest, range(len(ids) - tail, len(ids)))
-    return f"<pre>{start}<em>… {cut:,} tokens are left out here …</em>{end}</pre>"
+    """
+    An answer as <pre>; beyond `budget` tokens its middle is left out.
+
+    Without tokenizer or per-token lists the whole text has one colour, that of the advantage.
+    """
+    coloured = tokenizer is not None and has_token_data(answer)
+    if coloured:
+        whole, unit, shade = answer["token_ids"], "tokens", 0
+        values = update_of(answer, cap)
+    else:
+        whole, unit, budget = answer["text"], "characters", 4 * budget  # some 4 per token
+        shade = level(answer["advantage"] / largest, SHARE_LEVELS)
+    cut, head = len(whole) - budget, budget * 2 // 3
+    spans = [(0, len(whole))] if cut <= 0 else [(0, head), (head + cut, len(whole))]
+    pieces = []
+    for start, end in spans:
+        if coloured:
+            texts = token_texts(tokenizer, whole[start:end])
+            pieces.append(coloured_tokens(answer, texts, values, largest, range(start, end)))
+        else:
+            pieces.append(escaped(whole[start:end]))
+    joint = f"<em>… {cut:,} {unit} are left out here …</em>"
+    return f'<pre class="u{shade}">{joint.join(pieces)}</pre>'
 
 
 def advantage_bar(advantage, scale):
     """A small bar to the right (reinforced) or to the left (discouraged)."""
-    length = 40 * min(abs(advantage) / scale, 1.0) if scale else 0.0
+    length = 40 * abs(advantage) / scale
     x = 42 if advantage >= 0 else 42 - length
     kind = "up" if advantage >= 0 else "down"
     return (f'<svg class="bar" viewBox="0 0 84 14"><rect class="{kind}" x="{x:.1f}" y="2" '
@@ -468,6 +467,7 @@ circle.wrong { stroke-width: 1.4; } .mean { stroke: #1d232b; stroke-width: 1.5; 
   border-bottom: 1px solid #dfe3e8; font-size: 13px; }
 .legend label { margin-right: 16px; } .legend input { margin: 0 5px 0 0; }
 .legend div { display: none; color: #56606b; } .legend i { font-style: normal; padding: 1px 9px; }
+.charts + details { margin-top: 16px; } summary + .charts { margin-top: 12px; }
 details { border-bottom: 1px solid #dfe3e8; padding: 10px 0; }
 summary { cursor: pointer; display: flex; gap: 14px; align-items: baseline; }
 summary::before { content: "▸"; color: #67717d; } details[open] > summary::before { content: "▾"; }
@@ -507,13 +507,15 @@ def legend(can_colour_tokens):
             f'{"".join(meanings)}</nav>')
 
 
-def rollout_section(path, groups, tokenizer, note, config, budget):
+def rollout_section(groups, tokenizer, note, config, budget):
     """Overview, legend and the chosen groups of one step."""
     chosen = choose_groups(groups)
     answers = [a for g in groups for a in g.answers]
     can_colour_tokens = tokenizer is not None and all(map(has_token_data, answers))
-    largest = max(abs(a["advantage"]) * (a["weight"] if can_colour_tokens else 1) for a in answers)
-    scale = max(abs(a["advantage"]) for a in answers)
+    scale = max(abs(a["advantage"]) for a in answers) or 1.0
+    largest = scale
+    if can_colour_tokens:
+        largest = max(abs(a["advantage"] * a["weight"]) for a in answers) or 1.0
     cap = config.get("rollout_is_cap", 0)
 
     def render(answer):
@@ -526,7 +528,8 @@ def rollout_section(path, groups, tokenizer, note, config, budget):
 <h2>Rollouts of step {answers[0]["step"]:,}</h2>
 <p>{len(groups)} problems, {len(answers)} answers. A dot is an answer at the height of its reward,
 filled if right, hollow if not. The line is the mean of its group. What an answer is above or below
-that line is its advantage: above, it is reinforced; below, it is discouraged.</p>
+that line is its advantage: above, it is reinforced; below, it is discouraged. A pointer over an
+uncertain token below shows its probability.</p>
 {overview(groups, chosen)}
 {warning}{legend(can_colour_tokens)}
 {"".join(sections)}"""
@@ -554,9 +557,7 @@ def page(title, rows, config, rollouts):
 <body>
 <h1>{escaped(title)}</h1>
 <div class="stats">{stat_line(rows, config)}</div>
-{averaging}<div class="charts">
-{charts(rows)}
-</div>
+{averaging}{charts(rows)}
 {rollouts}
 <h2>Settings</h2>
 <details><summary><span>config.json</span></summary><pre>{settings}</pre></details>
@@ -580,7 +581,7 @@ def rollout_file(run, step):
 def find_tokenizer(run, config):
     """(tokenizer, ""), or (None, why the page has no coloured tokens)."""
     tried = []
-    for folder in (run / "final", config.get("model_name_or_path", "")):
+    for folder in (run.resolve() / "final", config.get("model_name_or_path", "")):
         try:
             return load_tokenizer(folder), ""
         except (OSError, ValueError) as error:
@@ -610,7 +611,7 @@ def report(run, step=None):
     if note:
         print(f"report.py: {note}", file=sys.stderr)
     for budget in TOKENS_PER_ANSWER:
-        rollouts = rollout_section(path, groups, tokenizer, note, config, budget)
+        rollouts = rollout_section(groups, tokenizer, note, config, budget)
         text = page(str(run), rows, config, rollouts)
         if len(text.encode()) <= MAX_BYTES:
             break
