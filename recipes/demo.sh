@@ -68,7 +68,7 @@ models="base=$output/base,SFT=$output/sft/final,SFT + GRPO=$output/grpo/final"
 "${launch[@]}" evaluate.py \
   --model "$models" --benchmark "$output/test.jsonl" --limit "$eval_problems" \
   --num_samples "$eval_samples" --budgets 64,96,128,192,320 --prompt_style none \
-  --top_p 1 --min_p 0 --seed "$seed" --output_dir "$output/eval" --compare --plot "$output/eval/budgets.png"
+  --top_p 1 --min_p 0 --seed "$seed" --output_dir "$output/eval" --plot "$output/eval/budgets.png"
 
 echo "== report: rewards, lengths and every answer of a step, to open in a browser"
 python recipes/report.py "$output/grpo"

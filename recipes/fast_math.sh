@@ -121,7 +121,7 @@ evaluate() { # sampled once at the largest budget; the smaller ones are read off
   launch_evaluation --model "$models,grpo=$RUN/grpo/final" \
     --benchmark aime24,aime25 --num_samples 64 --budgets 8000,12000,16000,24000,32000 \
     --temperature 1.0 --top_p 0.9 --min_p 0.05 \
-    --output_dir "$RUN/eval" --compare --plot "$RUN/eval/budgets.png" "$@"
+    --output_dir "$RUN/eval" --plot "$RUN/eval/budgets.png" "$@"
 }
 
 run_stages "$stages" "$@"

@@ -81,8 +81,7 @@ evaluate() {
   launch_evaluation --model "base=$MODEL,$NAME=$RUN/grpo/final" \
     --benchmark aime24,math500,amc23,minerva,olympiadbench --num_samples 32 --budgets 32768 \
     --prompt_style training --system_prompt "$prompt" --temperature 0.6 --top_p 0.95 --min_p 0.0 \
-    --output_dir "$RUN/eval" --compare \
-    "${evaluate_faithful[@]}" "$@"
+    --output_dir "$RUN/eval" "${evaluate_faithful[@]}" "$@"
 }
 
 run_stages "build check grpo evaluate" "$@"

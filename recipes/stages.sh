@@ -1,9 +1,9 @@
-# Sourced by fast_math.sh and open_rs.sh: the environment, the launcher, and the order of stages.
+# Sourced by the recipes that train on GPUs: the environment, the launcher, the order of stages.
 #
-#   bash recipes/NAME.sh WHICH                              every stage, in order
-#   bash recipes/NAME.sh WHICH STAGE [flags]                one stage; a later flag wins
-#   bash recipes/NAME.sh WHICH STAGE --dry_run              print the plan, load nothing
-#   bash recipes/NAME.sh WHICH --faithful [STAGE [flags]]   as the original did, see run_stages
+#   bash recipes/NAME.sh [WHICH]                             every stage, in order
+#   bash recipes/NAME.sh [WHICH] STAGE [flags]               one stage; a later flag wins
+#   bash recipes/NAME.sh [WHICH] STAGE --dry_run             print the plan, load no weights
+#   bash recipes/NAME.sh WHICH --faithful [STAGE [flags]]    as the original did, see patch_code
 #
 # From the environment: MODEL, RUN (output folder), GPUS (per machine), NODES, LAUNCH (instead of
 # torchrun on this machine), BENCHMARKS (a folder of files such as aime24.jsonl, or hub).
@@ -42,6 +42,7 @@ run_stages() { # run_stages "STAGES IN ORDER" "$@" of the recipe, which has a fu
 }
 
 patch_code() { # copy this tree to $RUN/code and apply the recipe's patch: the run keeps its code
+  : "${PATCH:?this recipe has no original}"
   CODE=$RUN/code
   if [ -d "$CODE" ]; then
     echo "faithful: running $CODE, which an earlier stage has made" >&2
