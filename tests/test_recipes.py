@@ -42,7 +42,8 @@ def parse(config_class, arguments):
 
 def dry_run(script, stage, *flags, **environment):
     """The plan that a stage prints on a single rank."""
-    return recipe(script, stage, *flags, "--dry_run", GPUS="1", LAUNCH=sys.executable, **environment)
+    flags = (*flags, "--dry_run")
+    return recipe(script, stage, *flags, GPUS="1", LAUNCH=sys.executable, **environment)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -157,10 +158,10 @@ def test_builds_parse():
 
 
 def test_data_that_overlaps_a_benchmark_is_not_trained_on(tmp_path):
-    problem = "How many positive integers below 1000 leave the remainder 1 when divided by 7 and 9?"
+    known = "How many positive integers below 1000 leave the remainder 1 when divided by 7 and 9?"
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks/own.jsonl").write_text(json.dumps({"problem": problem, "answer": 16}))
-    for problem, status in (("What is 6 * 7?", 0), (problem, 1)):
+    (tmp_path / "benchmarks/own.jsonl").write_text(json.dumps({"problem": known, "answer": 16}))
+    for problem, status in (("What is 6 * 7?", 0), (known, 1)):
         (tmp_path / "train.jsonl").write_text(json.dumps({"problem": problem, "answer": "42"}))
         done = run("bash", ROOT / "recipes/open_rs.sh", "rs2", "check", RUN=str(tmp_path),
                    BENCHMARKS=str(tmp_path / "benchmarks"))
