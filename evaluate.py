@@ -46,24 +46,14 @@ from statistics import NormalDist
 import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg
 
-from data import chat_prompt_ids, load_problems, set_chat_template, system_prompt_text
+from data import (
+    chat_prompt_ids, check_lengths, load_problems, set_chat_template, system_prompt_text)
 from model import (
-    check_flags,
-    git_commit,
-    load_config,
-    load_tokenizer,
-    model_folder,
-    read_jsonl,
-    run_main,
-    setup_distributed,
-    shutdown_distributed,
-    versions,
-    write_atomically,
-)
+    check_flags, flag, git_commit, load_config, load_tokenizer, model_folder, read_jsonl, run_main,
+    setup_distributed, shutdown_distributed, versions, write_atomically)
 from rewards import extract_answer, gold_answer, is_equal
-from rollout import Engine, engine_layout, sampling_seed
+from rollout import Engine, completion_text, engine_layout, sampling_seed
 
 # Hub id and split. AMC23 has 40 problems; the 83 that others call AMC are AMC22 and AMC23.
 BENCHMARKS = {
@@ -275,13 +265,7 @@ def draw_missing(cfg, ctx, layout, name, model_path, max_tokens):
     set_chat_template(tokenizer, cfg.chat_template)
     questions = load_questions(cfg, tokenizer, verbose=ctx.is_main)
     longest = max(len(q.prompt_ids) for q in questions.values()) + max_tokens
-    config = load_config(model_path)
-    rope = getattr(config, "rope_parameters", None) or {}
-    # scaled kinds of rope reach beyond max_position_embeddings
-    if rope.get("rope_type") == "default" and longest > config.max_position_embeddings:
-        raise ValueError(f"--budgets {cfg.budgets}: prompt and completion may reach {longest} "
-                         f"tokens, {model_path} has {config.max_position_embeddings} positions; "
-                         "lower the largest budget")
+    check_lengths(tokenizer, load_config(model_path), longest)
 
     settings, settings_hash = sample_settings(cfg, model_path, tokenizer)
     folder = Path(cfg.output_dir, name, settings_hash)
@@ -322,10 +306,10 @@ def draw_missing(cfg, ctx, layout, name, model_path, max_tokens):
         with open(folder / f"samples-{layout.index:03d}.jsonl", "a") as file:
             file.write("\n" * bool(file.tell()))  # a line that was cut short must not swallow ours
             for i, (completion,) in bar:
-                ids = completion.token_ids
                 row = dict(zip(("benchmark", "id", "sample"), mine[i], strict=True)) | {
-                    "length": len(ids), "finish_reason": completion.finish_reason,
-                    "text": tokenizer.decode(ids, skip_special_tokens=True)}
+                    "length": len(completion.token_ids),
+                    "finish_reason": completion.finish_reason,
+                    "text": completion_text(tokenizer, completion, stop_strings=bool(cfg.stop))}
                 file.write(json.dumps(row) + "\n")
                 file.flush()
     finally:

@@ -36,7 +36,7 @@ import weakref
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,11 @@ from torch.utils._pytree import tree_iter
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of one collective of the mesh: none takes a minute
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
+
+
+def flag(default, text):
+    """A command-line flag of a config dataclass, for HfArgumentParser."""
+    return field(default=default, metadata={"help": text})
 
 
 # --------------------------------------------------------------------------------------------------

@@ -49,12 +49,12 @@ from data import (
     MODEL_INPUTS, check_lengths, collate, load_problems, micro_batches, set_chat_template,
     stop_token_id, system_prompt_text)
 from model import (
-    RunLog, Stopped, check_common_flags, check_flags, clip_gradients, flag, flops_per_pack,
-    folder_hash, gather_objects, generation_config, last_checkpoint, load_checkpoint, load_config,
+    RunLog, Stopped, check_common_flags, check_flags, clip_gradients, describe_memory, flag,
+    flops_per_pack, folder_hash, gather_objects, generation_config, last_checkpoint, load_checkpoint, load_config,
     load_policy, load_tokenizer, make_schedule, max_over_ranks, model_folder,
     nothing_left_to_train, open_run, peak_flops, peak_memory_gb, raise_on_all_ranks, run_main,
     save_checkpoint, save_hf, schedule_horizon, setup_distributed, shutdown_distributed,
-    stop_on_signal, sum_over_ranks, wait_for_all_ranks, write_atomically)
+    stop_on_signal, sum_over_ranks, trace_memory, wait_for_all_ranks, write_atomically)
 from rewards import RewardOptions, check_reward_options, gold_answer, rewards_for_group
 from rollout import (
     PROBE_TOLERANCE, Engine, clean_sync_folder, completion_text, engine_layout, sampling_seed,
@@ -119,6 +119,7 @@ class GRPOConfig(RewardOptions):  # the reward flags and their defaults are in r
     max_num_seqs: int = flag(128, "Answers an engine decodes at the same time.")
     enforce_eager: bool = flag(False, "No CUDA graphs: less memory, 2 to 4 times slower decoding.")
     vllm_sleep: bool = flag(False, "Engines free their memory during the update (80 GB cards).")
+    request_timeout: float = flag(1800, "Seconds of silence until an engine is replaced.")
     sync_dir: str = flag("/dev/shm", "Where weights are handed to the engines.")
     probe_tolerance: float = flag(0, "Mean log-prob gap of trainer and engine; 0: by dtype.")
     # Saving, evaluating, logging
@@ -143,7 +144,7 @@ def check_config(cfg):
                  "importance_sampling_level": ("token", "sequence")},
         above_0=("num_prompts_per_step", "max_prompt_length", "max_completion_length", "top_p",
                  "num_iterations", "tensor_parallel_size", "temperature", "eval_num_samples",
-                 "max_num_seqs", "gpu_memory_utilization"),
+                 "max_num_seqs", "gpu_memory_utilization", "request_timeout"),
         not_negative=("beta", "epsilon", "epsilon_high", "rollout_is_cap", "probe_tolerance",
                       "dynamic_sampling_rounds", "max_tokens_per_microbatch", "ranks"),
         shares=("top_p", "min_p", "gpu_memory_utilization"))
@@ -277,7 +278,9 @@ def main(cfg):
     if ctx.is_main:
         print_plan(cfg, train, steps_per_epoch, total_steps, max_tokens, layout)
     if cfg.dry_run:
-        return print_memory(cfg, model_config, ctx, max_tokens)
+        if ctx.is_main:
+            print_memory(cfg, model_config, ctx, max_tokens)
+        return
 
     # --------------------------------------------------------------------------- engines and model
     run = open_run(ctx, cfg, {"model": folder_hash(folder), "data": train.content_hash,
@@ -395,8 +398,7 @@ def main(cfg):
             due = cfg.save_steps and step % cfg.save_steps == 0
             if due or stopping or step == total_steps:
                 save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step,
-                                {"cursor": cursor, "config": asdict(cfg), **run.identity},
-                                cfg.save_total_limit)
+                                {"cursor": cursor}, cfg.save_total_limit)
             if stopping and step < total_steps:
                 log.close()
                 raise Stopped(f"stopped by a signal after step {step} of {total_steps}; "
@@ -536,7 +538,7 @@ def make_probe(problems, longest, ctx, cfg):
     token_ids = token_ids[:min(256, longest)]
     row = {"ids": np.array(token_ids), "mask": np.ones(len(token_ids))}
     return {"token_ids": token_ids, "batch": collate([row], ctx.device),
-            "tolerance": cfg.probe_tolerance or PROBE_TOLERANCE[ctx.compute_dtype]}
+            "tolerance": cfg.probe_tolerance or PROBE_TOLERANCE[dtype_name(ctx)]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -550,13 +552,18 @@ def read_problems(dataset, tokenizer, cfg, ctx):
             cfg.max_prompt_length, cfg.problem_column, cfg.answer_column)
 
 
+def dtype_name(ctx):
+    return str(ctx.compute_dtype).removeprefix("torch.")
+
+
 def start_engine(cfg, ctx, layout, folder, tokenizer, prompt_ids):
     """This rank's engine, or None where a neighbour owns it; it starts while the model loads."""
     engine = None
     if layout.owns_engine:
         engine = Engine(
             folder, max_model_len=cfg.max_prompt_length + cfg.max_completion_length + 1,
-            dtype=str(ctx.compute_dtype).removeprefix("torch."), tensor_parallel_size=cfg.tensor_parallel_size,
+            dtype=dtype_name(ctx), vocab_size=len(tokenizer), request_timeout=cfg.request_timeout,
+            tensor_parallel_size=cfg.tensor_parallel_size,
             devices=layout.devices if ctx.device.type == "cuda" else None,
             gpu_memory_utilization=cfg.gpu_memory_utilization, max_num_seqs=cfg.max_num_seqs,
             enforce_eager=cfg.enforce_eager, seed=cfg.seed, sleep_mode=cfg.vllm_sleep,
@@ -567,6 +574,16 @@ def start_engine(cfg, ctx, layout, folder, tokenizer, prompt_ids):
             if engine is not None:
                 engine.score(prompt_ids)
     return engine
+
+
+def print_memory(cfg, model_config, ctx, max_tokens):
+    """Peak memory of a step, traced without a GPU. Two full micro-batches show the peak."""
+    parts = trace_memory(
+        model_config, cfg.ranks or ctx.world_size, [max_tokens, max_tokens],
+        activation_checkpointing=cfg.activation_checkpointing, shard_size=cfg.shard_size,
+        reference=cfg.beta > 0, temperature=cfg.temperature)
+    awake = 0.0 if cfg.vllm_sleep else cfg.gpu_memory_utilization
+    print(f"memory     {describe_memory(parts, awake)}", flush=True)
 
 
 def print_plan(cfg, train, steps_per_epoch, total_steps, max_tokens, layout):

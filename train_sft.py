@@ -35,12 +35,12 @@ from data import (
     MODEL_INPUTS, assign_to_ranks, check_lengths, collate, load_documents, make_packs,
     set_chat_template, steps_of_epoch, stop_token_id, system_prompt_text)
 from model import (
-    RunLog, Stopped, check_common_flags, check_flags, clip_gradients, flag, flops_per_pack,
-    folder_hash, generation_config, last_checkpoint, load_checkpoint, load_config, load_policy,
+    RunLog, Stopped, check_common_flags, check_flags, clip_gradients, describe_memory, flag,
+    flops_per_pack, folder_hash, generation_config, last_checkpoint, load_checkpoint, load_config, load_policy,
     load_tokenizer, make_schedule, max_over_ranks, model_folder, nothing_left_to_train, open_run,
     parameter_count, peak_flops, peak_memory_gb, raise_on_all_ranks, run_main, save_checkpoint,
     save_hf, schedule_horizon, setup_distributed, shutdown_distributed, stop_on_signal,
-    sum_over_ranks, wait_for_all_ranks)
+    sum_over_ranks, trace_memory, wait_for_all_ranks)
 
 
 @dataclass
@@ -131,7 +131,12 @@ def main(cfg):
         print(f"model      {cfg.model_name_or_path}: {parameter_count(model_config):,} parameters "
               f"on {ranks} x {ctx.device.type}", flush=True)
     if cfg.dry_run:
-        return print_memory(cfg, model_config, ctx)
+        if ctx.is_main:  # two full packs show the peak
+            parts = trace_memory(
+                model_config, ranks, [cfg.max_length, cfg.max_length], shard_size=cfg.shard_size,
+                activation_checkpointing=cfg.activation_checkpointing)
+            print(f"memory     {describe_memory(parts)}", flush=True)
+        return
 
     # --------------------------------------------------------------------- model and optimizer
     run = open_run(ctx, cfg, {"model": folder_hash(folder), "data": train.content_hash,
@@ -220,7 +225,7 @@ def main(cfg):
             due = cfg.save_steps and step % cfg.save_steps == 0
             if due or stopping or step == total_steps:
                 save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step,
-                                {"config": asdict(cfg), **run.identity}, cfg.save_total_limit)
+                                {}, cfg.save_total_limit)
             if stopping and step < total_steps:
                 log.close()
                 raise Stopped(f"stopped by a signal after step {step} of {total_steps}; "
