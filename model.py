@@ -22,6 +22,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -31,8 +32,11 @@ import sys
 import time
 import traceback
 import types
+import weakref
 import zlib
-from dataclasses import asdict, dataclass
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -41,10 +45,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of one collective of the mesh: none takes a minute
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
+
+
+def flag(default, text):
+    """A command-line flag of a config dataclass, for HfArgumentParser."""
+    return field(default=default, metadata={"help": text})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,23 +238,30 @@ def exit_process(status):
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Packed attention
 # ---------------------------------------------------------------------------------------------------------------------
-def packed_attention(module, query, key, value, attention_mask, scaling=None, cu_seqlens=None, max_seqlen=0, **kwargs):
+VARLEN_DEVICES = {"cuda"}  # where torch's varlen kernel runs; the memory trace adds its fake CPU
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, cu_seqlens=None,
+                     max_seqlen=0, **kwargs):
     """
-    Causal attention inside each document of a pack, plugged into transformers as attn_implementation="packed".
+    Causal attention inside each document of a pack: transformers' attn_implementation="packed".
 
     query (1, H, T, d), key and value (1, H_kv, T, d); cu_seqlens (D + 1,) int32: document i is rows
-    cu_seqlens[i]:cu_seqlens[i + 1]. Returns ((1, T, H, d), None). The cost is the sum of squared document lengths, not
-    the square of the pack. CUDA: torch's varlen kernel. CPU: one SDPA call per document, the reference for the tests.
+    cu_seqlens[i]:cu_seqlens[i + 1]; max_seqlen >= the longest. Returns ((1, T, H, d), None). The
+    cost is the sum of squared document lengths, not the square of the pack. CUDA: torch's varlen
+    kernel. CPU: one SDPA call per document, the reference for the tests.
     """
-    if query.is_cuda:
+    if query.device.type in VARLEN_DEVICES:
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
-        # From 2.12 on grouped heads must be announced; 2.11 has no such argument and simply accepts fewer key heads.
-        grouped = {"enable_gqa": True} if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12) else {}
-        # The same cu_seqlens object twice: the cuDNN path recognises self-attention by identity. (-1, 0) means causal.
-        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling,
-                          window_size=(-1, 0), **grouped)
+        # torch 2.11 has no such argument: it takes fewer key heads without being told.
+        version = tuple(map(int, torch.__version__.split(".")[:2]))
+        grouped = {"enable_gqa": True} if version >= (2, 12) else {}
+        # The same cu_seqlens object twice: the cuDNN path recognises self-attention by identity.
+        # A window of (-1, 0) is causal.
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+                          scale=scaling, window_size=(-1, 0), **grouped)
         return out.unsqueeze(0), None  # (1, T, H, d)
     bounds = cu_seqlens.tolist()
     documents = [
@@ -256,7 +274,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, cu
 
 
 def attention_saving_policy(ctx, op, *args, **kwargs):
-    """Selective checkpointing: keep attention outputs (12 GB at 14B and 24k tokens), recompute everything else."""
+    """Selective checkpointing: keep attention's output (12 GB at 14B, 24k tokens), no other."""
     from torch.utils.checkpoint import CheckpointPolicy
 
     keep = "varlen_attn" in str(op) or "scaled_dot_product" in str(op)
@@ -267,32 +285,44 @@ def attention_saving_policy(ctx, op, *args, **kwargs):
 # 3. Chunked head
 # ---------------------------------------------------------------------------------------------------------------------
 def scaled_logits(hidden, weight, temperature, dtype):
-    """z of a chunk, (C, V). Without a temperature in the model's dtype: softmax widens it on the fly, one pass less."""
+    """
+    z of a chunk, (C, V), divided by the temperature in dtype.
+
+    At temperature 1 it stays in the model's dtype: softmax widens it on the fly, one pass less.
+    """
     logits = hidden @ weight.T
     return logits if temperature == 1 else logits.to(dtype).div_(temperature)
 
 
+def chunks(total, size):
+    """Slices of at most `size` that cover range(total)."""
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
 class ChunkedLogprobs(torch.autograd.Function):
     """
-    log p(target) = z_target - logsumexp(z),  z = hidden @ weight^T / temperature, for C tokens at a time.
+    log p(target) = z_target - logsumexp(z),  z = hidden @ weight^T / temperature, C tokens at once.
 
     Forward keeps no logits. Backward computes each chunk's once more:
         d z = g * (onehot(target) - softmax(z))
         d hidden = d z @ weight / temperature,   d weight = d z^T @ hidden / temperature
-    Without the chunks, logits, their fp32 copy and their gradient cost 44 GB at 24k tokens and 152k vocabulary.
+    Without the chunks, logits, their fp32 copy and their gradient cost 44 GB at 24k tokens and 152k
+    vocabulary.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk_size):
-        accumulate = torch.promote_types(hidden.dtype, torch.float32)  # bf16 -> fp32; the tests' fp64 stays fp64
+        # bf16 -> fp32; the tests' fp64 is kept
+        accumulate = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = torch.empty(len(targets), dtype=accumulate, device=hidden.device)
         entropy = torch.empty_like(logprobs)
-        for rows in torch.arange(len(targets), device="cpu").split(chunk_size):
-            rows = slice(int(rows[0]), int(rows[-1]) + 1)
-            logp = torch.log_softmax(scaled_logits(hidden[rows], weight, temperature, accumulate), -1, dtype=accumulate)
+        for rows in chunks(len(targets), chunk_size):
+            logp = torch.log_softmax(
+                scaled_logits(hidden[rows], weight, temperature, accumulate), -1, dtype=accumulate)
             logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
-            # H = - sum_v p_v log p_v, of the distribution that is sampled from (before top_p and min_p)
+            # H = - sum_v p_v log p_v, of the distribution before top_p and min_p
             entropy[rows] = -logp.exp().mul_(logp).sum(-1)
+            del logp  # before the next chunk's is made, and before the head's weight is freed
         ctx.save_for_backward(hidden, weight, targets)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         ctx.mark_non_differentiable(entropy)
@@ -305,46 +335,48 @@ class ChunkedLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # fp32 accumulator: summing a dozen chunks in bf16 would lose the small ones
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
-        for rows in torch.arange(len(targets), device="cpu").split(ctx.chunk_size):
-            rows = slice(int(rows[0]), int(rows[-1]) + 1)
-            p = torch.softmax(scaled_logits(hidden[rows], weight, ctx.temperature, accumulate), -1, dtype=accumulate)
+        for rows in chunks(len(targets), ctx.chunk_size):
+            p = torch.softmax(
+                scaled_logits(hidden[rows], weight, ctx.temperature, accumulate), -1, dtype=accumulate)
             g = grad_logprobs[rows, None] / ctx.temperature
-            grad_logits = p.mul_(-g).scatter_add_(1, targets[rows, None], g).to(hidden.dtype)  # g (onehot - p), (C, V)
+            # g (onehot - p), (C, V)
+            grad_logits = p.mul_(-g).scatter_add_(1, targets[rows, None], g).to(hidden.dtype)
+            del p
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ weight
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ hidden[rows]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+            del grad_logits
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None
 
 
 def token_logprobs(hidden, weight, targets, temperature=1.0, chunk_size=2048):
     """
-    Log-probability of each target and entropy of each position, never holding more than chunk_size rows of logits.
+    Log-probability of each target and entropy of each position, chunk_size rows of logits at once.
 
-    hidden (T, h); weight (V, h); targets (T,) int64. Returns logprobs (T,), entropy (T,), both at least fp32; entropy
-    carries no gradient. temperature divides the logits, as the sampler does: without it the ratio of a policy sampled
-    at T != 1 starts away from 1.
+    hidden (T, h); weight (V, h); targets (T,) int64. Returns logprobs (T,), entropy (T,), both at
+    least fp32; entropy carries no gradient. temperature divides the logits, as the sampler does:
+    without it the ratio of a policy sampled at T != 1 does not start at 1.
     """
     return ChunkedLogprobs.apply(hidden, weight, targets, temperature, chunk_size)
 
 
-def policy_forward(self, input_ids, position_ids, cu_seqlens, targets, temperature=1.0):
+def policy_forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, targets, temperature=1.0):
     """
     The model's forward on one pack: log-prob and entropy of every target.
 
-    input_ids, position_ids, targets (T,) int64; cu_seqlens (D + 1,) int32. Returns logprobs (T,), entropy (T,).
-    Positions restart at 0 in every document; targets[t] is the token after input_ids[t] in the same document.
+    input_ids, position_ids, targets (T,) int64; cu_seqlens (D + 1,) int32; max_seqlen int, at least
+    the longest document. Returns logprobs (T,), entropy (T,). Positions restart at 0 in every
+    document; targets[t] is the token after input_ids[t] in the same document.
     """
-    max_seqlen = 0
-    if input_ids.is_cuda:  # a power of two, so that a compiled block is not compiled again for every new length
-        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-        max_seqlen = 1 << (longest - 1).bit_length()
     hidden = self.model(
         input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False,
         cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
     ).last_hidden_state[0]  # (T, h)
     if self.lm_head is None:  # tied: the embedding is the head
-        return token_logprobs(hidden, self.model.embed_tokens.weight, targets, temperature, self.head_chunk_size)
+        weight = self.model.embed_tokens.weight
+        return token_logprobs(hidden, weight, targets, temperature, self.head_chunk_size)
     return self.lm_head(hidden, targets, temperature, self.head_chunk_size)
 
 
@@ -498,8 +530,9 @@ def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_che
     for block in model.model.layers:
         shard(block)
     if model.lm_head is not None:
-        shard(model.lm_head, reshard_after_forward=False)  # its backward follows at once: gather it one time, not two
-    shard(model)
+        # Trained, its backward follows at once: gather it one time, not two.
+        shard(model.lm_head, reshard_after_forward=not trainable)
+    shard(model, reshard_after_forward=not trainable)
     for unit in [model, *model.model.layers, *([model.lm_head] if model.lm_head is not None else [])]:
         # Gradients are SUMMED over ranks. The loss is already divided by the token count of all ranks, so that the
         # average FSDP takes by default would divide a second time. (The force-sum flag makes this work on gloo.)
@@ -1006,25 +1039,127 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def estimated_memory_gb(config, ctx, tokens, activation_checkpointing, head_chunk_size, reference=False):
-    """
-    Rough memory per rank in GB of a training step on a pack of `tokens`: printed before anything starts.
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all live storages by part of the training step; peak: the parts at their largest sum."""
 
-    fp32 weights, gradients and two AdamW moments, sharded; gathered layers; saved block inputs; one block's
-    recomputation; one chunk of logits with its fp32 copy and gradient.
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size, self.phase = vocab_size, ""
+        self.storages, self.live, self.peak = {}, Counter(), Counter()
+
+    def record(self, storage, part):
+        key, size = id(storage), -(-storage.nbytes() // 512) * 512  # the GPU allocator's blocks
+        if key in self.storages:
+            self.forget(key)
+        else:
+            weakref.finalize(storage, self.forget, key)
+        self.storages[key] = part, size
+        self.live[part] += size
+        if self.live.total() > self.peak.total():
+            self.peak = self.live.copy()
+
+    def forget(self, key):
+        part, size = self.storages.pop(key)
+        self.live[part] -= size
+
+    def part_of(self, tensor, op):
+        if self.phase not in ("saved activations", "layer backward"):
+            return self.phase
+        if "reduce_scatter" in op:
+            return "gradients"
+        if self.vocab_size in tensor.shape:
+            return "head"
+        return "gathered layers" if tensor.ndim == 1 else self.phase  # FSDP's buffers are flat
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            tensor = getattr(tensor, "_local_tensor", tensor)  # of a DTensor, what this rank holds
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                if id(storage) not in self.storages or "reduce_scatter" in str(op):
+                    self.record(storage, self.part_of(tensor, str(op)))
+        return result
+
+
+def traced_training(config, ranks, micro_batches, reference=False, shard_size=0, temperature=1.0,
+                    **build_options):
+    """The work of trace_memory. For a process of its own: it changes torch and is rank 0 of `ranks`."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    dist.init_process_group("fake", rank=0, world_size=ranks)
+    shards = shard_size or ranks
+    mesh = dist.init_device_mesh("cpu", (ranks // shards, shards), mesh_dim_names=("replicate", "shard"))
+    ctx = types.SimpleNamespace(device=torch.device("cpu"), mesh=mesh if shards < ranks else mesh["shard"])
+    memory, resize = LiveBytes(config.vocab_size), torch.UntypedStorage.resize_
+
+    def resize_and_record(storage, size):  # how FSDP frees gathered weights and takes them back
+        resize(storage, size)
+        memory.record(storage, "gathered layers")
+
+    # The fake CPU plays a GPU: its attention kernel, and softmax that widens bf16 without a copy.
+    VARLEN_DEVICES.add("cpu")
+    torch.softmax = torch.log_softmax = lambda z, dim, dtype: torch.empty_like(z, dtype=dtype)
+    torch.UntypedStorage.resize_ = resize_and_record
+
+    def forward(model, tokens):
+        memory.phase = "saved activations"
+        ids, bounds = torch.zeros(tokens, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+        return model(ids, ids, bounds, tokens, ids, temperature)[0]
+
+    with FakeTensorMode(), memory:
+        memory.phase = "weights"
+        model = build_policy(config, ctx, torch.bfloat16, **build_options)
+        memory.phase = "reference"
+        frozen = reference and build_policy(config, ctx, torch.bfloat16, trainable=False,
+                                            head_chunk_size=model.head_chunk_size)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        for step in (micro_batches[:1], micro_batches):  # from the second on there are moments
+            if reference:
+                with torch.no_grad():
+                    for tokens in step:
+                        forward(frozen, tokens)
+            for tokens in step:
+                logprobs = forward(model, tokens)
+                memory.phase = "layer backward"
+                logprobs.sum().backward()
+            memory.phase = "moments"
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return dict(memory.peak)
+
+
+def trace_memory(config, ranks, micro_batches, **options):
     """
-    bytes_compute = 2 if ctx.device.type == "cuda" else 4
-    shards = ctx.mesh.size(ctx.mesh.ndim - 1)
-    embedding = config.vocab_size * config.hidden_size
-    params = parameter_count(config)
-    block = (matmul_params(config) - embedding) / config.num_hidden_layers
-    per_layer = tokens * config.hidden_size * bytes_compute
-    one_block = tokens * (6 * config.hidden_size + 3 * config.intermediate_size) * bytes_compute
-    saved = {"none": config.num_hidden_layers * one_block, "full": config.num_hidden_layers * per_layer + one_block,
-             "selective": 2 * config.num_hidden_layers * per_layer + one_block}[activation_checkpointing]
-    head = min(tokens, head_chunk_size) * config.vocab_size * (bytes_compute + 8) + embedding * (bytes_compute + 4)
-    gathered = (3 * block + 2 * embedding) * bytes_compute
-    return (params * (16 + (bytes_compute if reference else 0)) / shards + saved + head + gathered) / 1e9
+    Bytes that rank 0 of `ranks` GPUs holds at the peak of a training step: {part: bytes}.
+
+    Everything but the arithmetic runs: build_policy in bf16, FSDP, checkpointing and AdamW, on fake
+    tensors in a fake process group, without a GPU or weights. micro_batches: token counts of one
+    optimizer step on a rank; two show the peak. options: reference (GRPO with beta > 0),
+    shard_size, temperature, and those of build_policy but compile_blocks, which would hide the
+    storages. Takes half a minute at 14B, in a process of its own.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(traced_training, config, ranks, micro_batches, **options).result()
+
+
+def describe_memory(parts, engine_share=0.0):
+    """
+    One line of a plan: the peak, its parts, and which cards it fits beside vLLM.
+
+    parts: from trace_memory; engine_share: --gpu_memory_utilization of an engine that is awake, or 0.
+    """
+    peak = sum(parts.values()) / 1e9
+    # 5 GB that the trace does not see: CUDA's context, NCCL's buffers, fragmentation.
+    cards = {"80 GB": 85.0, "141 GB": 150.0}  # their names, and what torch.cuda reports in 1e9 bytes
+    fits = {card: peak + 5 + engine_share * size <= size for card, size in cards.items()}
+    engine = f" and {engine_share:.0%} of the card for vLLM" if engine_share else ""
+    gpus = "GPUs" if torch.cuda.is_available() else "GPUs (this machine has none)"
+    return (f"peak {peak:.1f} GB per rank ("
+            + ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items() if size >= 5e7)
+            + f"), traced for {gpus} in bf16; with 5 GB for CUDA and NCCL{engine}: "
+            + ", ".join(f"{'fits' if ok else 'does not fit'} {card}" for card, ok in fits.items()))
 
 
 def parameter_count(config):
@@ -1056,8 +1191,7 @@ def check_common_flags(cfg):
         cfg,
         choices={"activation_checkpointing": ("none", "full", "selective"),
                  "lr_scheduler_type": schedules, "report_to": TRACKERS},
-        above_0=("learning_rate", "num_train_epochs", "eval_steps", "head_chunk_size",
-                 "timeout_minutes"),
+        above_0=("learning_rate", "num_train_epochs", "eval_steps", "timeout_minutes"),
         not_negative=("max_grad_norm", "weight_decay", "save_steps", "save_total_limit",
                       "shard_size"),
         shares=("warmup_ratio", "min_lr_rate", "adam_beta2"))
