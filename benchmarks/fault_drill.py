@@ -36,8 +36,9 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
+from make_demo import write_demo  # noqa: E402
+
 from model import (  # noqa: E402
     checkpoint_defect,
     checkpoint_folder,
@@ -84,7 +85,7 @@ class Job:
                         "num_generations": 4, "top_p": 1, "min_p": 0, "save_steps": 1,
                         "learning_rate": "1e-5", "sync_dir": self.sync,
                         "reward_funcs": f"{self.work / 'reward.py'}:short",
-                        "engine_stall_timeout": 20, "engine_start_timeout": 120}
+                        "request_timeout": 60}
         flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
         self.log = self.work / f"{self.output.parent.name}-{attempt}.log"
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
@@ -393,7 +394,7 @@ def main():
     args = parser.parse_args()
     work = Path(args.work or tempfile.mkdtemp(prefix="fault_drill_"))
     work.mkdir(parents=True, exist_ok=True)
-    data.write_demo(work / "demo")
+    write_demo(work / "demo")
     rows = (work / "demo/train.jsonl").read_text().splitlines()[:60]
     (work / "rows.jsonl").write_text("\n".join(rows) + "\n")
     (work / "reward.py").write_text(REWARD)
