@@ -1,6 +1,6 @@
 """
-What a GPU would run, on a machine without one: torch's varlen attention with real numbers through a kernel for the CPU,
-compiled blocks, the collectives of a step counted, and memory on fake tensors.
+What a GPU would run, on a machine without one: torch's varlen attention with real numbers through a
+kernel for the CPU, compiled blocks, the collectives of a step counted, and memory on fake tensors.
 """
 
 import multiprocessing
@@ -19,8 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import model as model_module
-from model import build_policy, clip_gradients, describe_memory, named_weights, setup_distributed
-from model import trace_memory, traced_training
+from model import (
+    build_policy,
+    clip_gradients,
+    describe_memory,
+    named_weights,
+    setup_distributed,
+    trace_memory,
+    traced_training,
+)
 
 SMALL = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
              vocab_size=512, tie_word_embeddings=False)
@@ -29,7 +36,7 @@ WIDTHS_14B = dict(hidden_size=5120, intermediate_size=13_824, num_attention_head
 CHECKPOINTING = ("none", "full", "selective")
 
 
-# ------------------------------------------------------------------------------------ a kernel for the CPU
+# ----------------------------------------------------------------------------- a kernel for the CPU
 KERNEL_CALLS = Counter()
 
 
@@ -139,7 +146,7 @@ def assert_equal_steps(ours, expected):
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
-# ------------------------------------------------------------------------------------ attention
+# ----------------------------------------------------------------------------- attention
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_varlen_attention_is_attention_per_document(checkpointing, ctx, monkeypatch):
     lengths, layers = [40, 1, 87, 5], 3
@@ -183,7 +190,7 @@ def test_compiled_blocks_are_whole_graphs_and_compiled_a_few_times(
     assert counters["stats"]["unique_graphs"] <= 5, counters["stats"]
 
 
-# ------------------------------------------------------------------------------------ collectives
+# ----------------------------------------------------------------------------- collectives
 def in_a_process_of_its_own(function, *arguments):
     """A fake process group would be this process's default group."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
@@ -213,7 +220,7 @@ def counted(function, *arguments, **named):
 
 
 def count_collectives(layers, cases):
-    """Of one step on rank 0 of 8: for each case the collectives of forward, backward and clipping."""
+    """Of a step on rank 0 of 8, for each case: collectives of forward, backward and clipping."""
     dist.init_process_group("fake", rank=0, world_size=8)
     found, batch = [], data.collate([{"ids": np.arange(20), "mask": np.ones(20)}])
     batch.pop("mask")
@@ -252,7 +259,7 @@ def test_a_step_gathers_once_per_layer_and_direction():
     assert reference == forward
 
 
-# ------------------------------------------------------------------------------------ memory
+# ----------------------------------------------------------------------------- memory
 def trace_all(cases):
     found = []
     for config, ranks, micro_batches, options in cases:
@@ -303,7 +310,9 @@ def test_parts_of_the_traced_memory(ctx):
 def test_the_plan_says_what_fits():
     parts = {"weights": 7e9, "moments": 14e9, "saved activations": 33.06e9, "head": 1e6}
     line = describe_memory(parts)
-    assert line.startswith("peak 54.1 GB per rank (weights 7.0, moments 14.0, saved activations 33.1)")
-    assert line.endswith("fits 80 GB, fits 141 GB") and "GPUs (this machine has none) in bf16" in line
+    listed = "(weights 7.0, moments 14.0, saved activations 33.1)"
+    assert line.startswith(f"peak 54.1 GB per rank {listed}, traced for GPUs")
+    assert "GPUs (this machine has none) in bf16" in line
+    assert line.endswith("fits 80 GB, fits 141 GB")
     assert describe_memory(parts, 0.35).endswith(
         "35% of the card for vLLM: does not fit 80 GB, fits 141 GB")
