@@ -446,7 +446,8 @@ def stored_tensors(folder):
     folder, tensors = Path(folder), {}
     files, index = set(folder.glob("*.safetensors")), folder / "model.safetensors.index.json"
     if index.is_file():
-        files |= {folder / name for name in re.findall(r'"([^"]+\.safetensors)"', index.read_text())}
+        named = re.findall(r'"([^"]+\.safetensors)"', index.read_text())
+        files |= {folder / name for name in named}
     for file in sorted(files):
         try:
             with safe_open(file, "pt") as opened:
@@ -1036,24 +1037,29 @@ def flops_per_pack(config, lengths):
 
 
 def matmul_params(config):
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = config.hidden_size * head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
-    block = attention + 3 * config.hidden_size * config.intermediate_size
+    """Parameters of blocks and head, the ones that are multiplied with."""
+    heads = config.num_attention_heads + config.num_key_value_heads
+    block = config.hidden_size * (2 * heads * head_size(config) + 3 * config.intermediate_size)
     return config.num_hidden_layers * block + config.hidden_size * config.vocab_size
 
 
 def attention_flops(config, lengths):
-    """Forward FLOPs of causal attention inside documents: 2 matmuls x 2 l^2 / 2 x H d, summed over layers."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_attention_heads * head_dim * sum(n * n for n in lengths)
+    """Forward FLOPs of causal attention in documents: 2 matmuls x 2 l^2 / 2 x H d, all layers."""
+    per_pair = 2 * config.num_attention_heads * head_size(config)
+    return config.num_hidden_layers * per_pair * sum(n * n for n in lengths)
+
+
+def head_size(config):
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def peak_flops(device):
-    """Dense bf16 peak of the GPU by data sheet (FLOP/s), or None where we have no figure (CPUs, other cards)."""
+    """Dense bf16 peak of the GPU by data sheet (FLOP/s), or None where we have no figure."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in (("H200", 989.5e12), ("H100", 989.5e12), ("A100", 312e12)) if key in name), None)
+    peaks = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}
+    return next((peak for card, peak in peaks.items() if card in name), None)
 
 
 def peak_memory_gb(device):
@@ -1190,7 +1196,8 @@ def describe_memory(parts, engine_share=0.0):
 
 def parameter_count(config):
     """Parameters of a dense decoder but for norms and biases."""
-    return matmul_params(config) + (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
+    embedding = config.vocab_size * config.hidden_size
+    return matmul_params(config) + (0 if config.tie_word_embeddings else embedding)
 
 
 def check_flags(cfg, choices=None, above_0=(), not_negative=(), shares=()):

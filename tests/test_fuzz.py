@@ -251,10 +251,12 @@ def test_model_folders_of_random_json(tmp_path):
         model_type = rng.choice(["qwen2", "llama", "nonsense", 3, None])
         config = {"model_type": model_type, key: any_value(rng)}
         text = json.dumps(rng.choice([config, config, any_value(rng)])).encode()
-        (folder / "config.json").write_bytes(text if rng.random() < 0.7 else text[:rng.randint(0, len(text))])
+        cut = len(text) if rng.random() < 0.7 else rng.randint(0, len(text))
+        (folder / "config.json").write_bytes(text[:cut])
         noise = bytes(rng.randrange(256) for _ in range(rng.randint(0, 64)))
         (folder / "model.safetensors").write_bytes(noise)
-        index = rng.choice([json.dumps(any_value(rng)).encode(), b"{", noise, b'{"a": "b.safetensors"}'])
+        text = json.dumps(any_value(rng)).encode()
+        index = rng.choice([text, b"{", noise, b'{"a": "b.safetensors"}'])
         (folder / "model.safetensors.index.json").write_bytes(index)
         with one_line_or_nothing(text):
             check_architecture(load_config(model_folder(folder)))
