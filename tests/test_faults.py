@@ -168,8 +168,8 @@ def test_one_run_survives_one_fault_after_the_other(tmp_path, demo, rows, unbrok
     """Frozen rank, damaged checkpoint, dead torchrun, other world size, lost machine: same loss."""
     output = tmp_path / "run"
 
-    # A rank freezes: the others wait for --timeout_minutes, torchrun ends the job, and its table has
-    # rank and process. Meanwhile the folder is taken.
+    # A rank freezes: the others wait for --timeout_minutes, torchrun ends the job, and its table
+    # has rank and process. Meanwhile the folder is taken.
     program = Program(tmp_path, flags(demo, rows, output, timeout_minutes=0.2))
     program.reach(output, 5)
     ranks = program.ranks()
