@@ -480,7 +480,7 @@ if __name__ == "__main__":
     engine = rollout.Engine(base, max_model_len=128, dtype="float32",
                             log_file=folder + "/engine.log")
     token_ids, save_hf = list(range(10, 60)), rollout.save_hf
-    probe = {"token_ids": token_ids,
+    probe = {"token_ids": token_ids, "tolerance": 1e-3,
              "batch": data.collate([{"ids": torch.tensor(token_ids).numpy()}], columns=())}
 
     def truncate(file):
