@@ -377,6 +377,17 @@ def table(faults):
     return "\n".join(lines)
 
 
+def write_start(folder):
+    """The demo's files; its model without padded ids, which only an untrained one ever samples."""
+    import transformers
+
+    write_demo(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder / "base")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -394,7 +405,7 @@ def main():
     args = parser.parse_args()
     work = Path(args.work or tempfile.mkdtemp(prefix="fault_drill_"))
     work.mkdir(parents=True, exist_ok=True)
-    write_demo(work / "demo")
+    write_start(work / "demo")
     rows = (work / "demo/train.jsonl").read_text().splitlines()[:60]
     (work / "rows.jsonl").write_text("\n".join(rows) + "\n")
     (work / "reward.py").write_text(REWARD)
