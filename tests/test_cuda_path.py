@@ -26,7 +26,7 @@ from model import (
     named_weights,
     setup_distributed,
     trace_memory,
-    traced_training,
+    trace_training,
 )
 
 SMALL = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
@@ -263,7 +263,7 @@ def test_a_step_gathers_once_per_layer_and_direction():
 def trace_all(cases):
     found = []
     for config, ranks, micro_batches, options in cases:
-        found.append(traced_training(config, ranks, micro_batches, **options))
+        found.append(trace_training(config, ranks, micro_batches, **options))
         dist.destroy_process_group()
     return found
 
@@ -308,7 +308,8 @@ def test_parts_of_the_traced_memory(ctx):
 
 
 def test_the_plan_says_what_fits():
-    parts = {"weights": 7e9, "moments": 14e9, "saved activations": 33.06e9, "head": 1e6}
+    parts = {"weights": 7e9, "gradients": 0, "moments": 14e9, "saved activations": 33.06e9,
+             "head": 1e6}
     line = describe_memory(parts)
     listed = "(weights 7.0, moments 14.0, saved activations 33.1)"
     assert line.startswith(f"peak 54.1 GB per rank {listed}, traced for GPUs")
