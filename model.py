@@ -235,9 +235,9 @@ def exit_process(status):
     os._exit(status)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. Packed attention
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 VARLEN_DEVICES = {"cuda"}  # where torch's varlen kernel runs; the memory trace adds its fake CPU
 
 
@@ -281,9 +281,9 @@ def attention_saving_policy(ctx, op, *args, **kwargs):
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. Chunked head
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def scaled_logits(hidden, weight, temperature, dtype):
     """
     z of a chunk, (C, V), divided by the temperature in dtype.
@@ -333,11 +333,14 @@ class ChunkedLogprobs(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         accumulate = grad_logprobs.dtype
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # fp32 accumulator: summing a dozen chunks in bf16 would lose the small ones
-        grad_weight = torch.zeros_like(weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
+        # An fp32 sum: adding a dozen chunks in bf16 would lose the small ones
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=accumulate)
         for rows in chunks(len(targets), ctx.chunk_size):
             p = torch.softmax(
-                scaled_logits(hidden[rows], weight, ctx.temperature, accumulate), -1, dtype=accumulate)
+                scaled_logits(hidden[rows], weight, ctx.temperature, accumulate),
+                -1, dtype=accumulate)
             g = grad_logprobs[rows, None] / ctx.temperature
             # g (onehot - p), (C, V)
             grad_logits = p.mul_(-g).scatter_add_(1, targets[rows, None], g).to(hidden.dtype)
@@ -446,7 +449,8 @@ def stored_tensors(folder):
     folder, tensors = Path(folder), {}
     files, index = set(folder.glob("*.safetensors")), folder / "model.safetensors.index.json"
     if index.is_file():
-        files |= {folder / name for name in re.findall(r'"([^"]+\.safetensors)"', index.read_text())}
+        named = re.findall(r'"([^"]+\.safetensors)"', index.read_text())
+        files |= {folder / name for name in named}
     for file in sorted(files):
         try:
             with safe_open(file, "pt") as opened:
@@ -464,8 +468,9 @@ def stored_tensors(folder):
     return tensors
 
 
-# Dense decoders whose packed forward equals transformers' own: tests/test_architectures.py compares.
-ARCHITECTURES = ("glm4", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+# Dense decoders whose packed forward equals transformers' own (tests/test_architectures.py).
+ARCHITECTURES = ("glm4", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3",
+                 "smollm3")
 # Their settings that may have any value: transformers' own layers apply them.
 FREE_SETTINGS = set("""
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
@@ -490,8 +495,8 @@ def check_architecture(config):
 
     name = f"model type {config.model_type}"
     if config.model_type not in ARCHITECTURES:
-        raise ValueError(f"{name} is not supported: packed attention and the chunked head are tested "
-                         f"against transformers' own forward for {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"{name} is not supported: packed attention and the chunked head are "
+                         f"tested against transformers' own forward for {', '.join(ARCHITECTURES)}")
     generic = set(transformers.PretrainedConfig().to_dict())
     defaults, found = type(config)().to_dict(), config.to_dict()
     tested = {k: [v] for k, v in defaults.items() if k not in FREE_SETTINGS | generic}

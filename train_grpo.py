@@ -536,8 +536,8 @@ def make_probe(problems, longest, ctx, cfg):
     """The text that both sides score after every weight sync: the first prompts, end to end."""
     token_ids = [token for problem in problems[:64] for token in problem.prompt_ids]
     token_ids = token_ids[:min(256, longest)]
-    row = {"ids": np.array(token_ids), "mask": np.ones(len(token_ids))}
-    return {"token_ids": token_ids, "batch": collate([row], ctx.device),
+    batch = collate([{"ids": np.array(token_ids)}], ctx.device, columns=())
+    return {"token_ids": token_ids, "batch": batch,
             "tolerance": cfg.probe_tolerance or PROBE_TOLERANCE[dtype_name(ctx)]}
 
 

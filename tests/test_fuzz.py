@@ -12,10 +12,17 @@ import struct
 import pytest
 
 import data
-import model as policy_lib
 import rewards
 import train_grpo
 import train_sft
+from model import (
+    check_architecture,
+    checkpoint_defect,
+    file_crc32,
+    load_config,
+    model_folder,
+    stored_tensors,
+)
 
 SECONDS = 300  # of one case; 10 MB take ten
 
@@ -241,18 +248,43 @@ def test_model_folders_of_random_json(tmp_path):
         folder = tmp_path / str(case)
         folder.mkdir()
         key = rng.choice(["hidden_size", "vocab_size", "layer_types", "rope_scaling"])
-        config = {"model_type": rng.choice(["qwen2", "llama", "nonsense", 3, None]), key: any_value(rng)}
+        model_type = rng.choice(["qwen2", "llama", "nonsense", 3, None])
+        config = {"model_type": model_type, key: any_value(rng)}
         text = json.dumps(rng.choice([config, config, any_value(rng)])).encode()
-        (folder / "config.json").write_bytes(text if rng.random() < 0.7 else text[:rng.randint(0, len(text))])
-        (folder / "model.safetensors").write_bytes(bytes(rng.randrange(256) for _ in range(rng.randint(0, 64))))
-        (folder / "model.safetensors.index.json").write_text(json.dumps(any_value(rng)) if rng.random() < 0.5 else "{")
+        cut = len(text) if rng.random() < 0.7 else rng.randint(0, len(text))
+        (folder / "config.json").write_bytes(text[:cut])
+        noise = bytes(rng.randrange(256) for _ in range(rng.randint(0, 64)))
+        (folder / "model.safetensors").write_bytes(noise)
+        text = json.dumps(any_value(rng)).encode()
+        index = rng.choice([text, b"{", noise, b'{"a": "b.safetensors"}'])
+        (folder / "model.safetensors.index.json").write_bytes(index)
         with one_line_or_nothing(text):
-            policy_lib.check_architecture(policy_lib.load_config(policy_lib.model_folder(folder)))
+            check_architecture(load_config(model_folder(folder)))
         with one_line_or_nothing("index"):
-            policy_lib.safetensors_files(folder)
+            stored_tensors(folder)
         (folder / "model.safetensors.index.json").unlink()
         with one_line_or_nothing("safetensors"):
-            policy_lib.safetensors_files(folder)
+            stored_tensors(folder)
+
+
+def test_every_flipped_bit_and_every_truncation_of_a_checkpoint_is_seen(tmp_path):
+    """In the manifest too; and whatever is wrong is said in one line."""
+    shard, manifest = tmp_path / "__0_0.distcp", tmp_path / "manifest.json"
+    shard.write_bytes(bytes(range(40)))
+    manifest.write_text(json.dumps({shard.name: file_crc32(shard)}))
+    assert checkpoint_defect(tmp_path) == ""
+    for file in (shard, manifest):
+        content = file.read_bytes()
+        flipped = [bytearray(content) for _ in range(8 * len(content))]
+        for bit, damaged in enumerate(flipped):
+            damaged[bit // 8] ^= 1 << bit % 8
+        for damaged in [*flipped, *(content[:size] for size in range(len(content)))]:
+            file.write_bytes(damaged)
+            defect = checkpoint_defect(tmp_path)
+            assert defect and "\n" not in defect, damaged
+        file.unlink()
+        assert "No such file" in checkpoint_defect(tmp_path)
+        file.write_bytes(content)
 
 
 PIECES = ["\\boxed{", "}", "1", "\\frac", "{", "^", "x", "(", ",", "\\text{", "<think>", "</think>", "\x00"]
