@@ -1128,13 +1128,10 @@ class LiveBytes(TorchDispatchMode):
         result = op(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             tensor = getattr(tensor, "_local_tensor", tensor)  # of a DTensor, what this rank holds
-            if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
-                continue
-            storage = tensor.untyped_storage()
-            if "reduce_scatter" in str(op):
-                self.record(storage, "gradients")
-            elif id(storage) not in self.storages:
-                self.record(storage, self.part_of(tensor))
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                if id(storage) not in self.storages:
+                    self.record(storage, self.part_of(tensor))
         return result
 
 
@@ -1183,6 +1180,8 @@ def trace_training(config, ranks, micro_batches, reference=False, shard_size=0, 
                 logprobs = forward(model, tokens)
                 memory.phase = "layer backward"
                 logprobs.sum().backward()
+                for parameter in model.parameters():
+                    memory.record(parameter.grad.to_local().untyped_storage(), "gradients")
             memory.phase = "moments"
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
