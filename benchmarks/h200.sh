@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# C1-C2 and G1-G8 on one H100 or H200: one command, ends within 7 minutes; needs only torch, transformers, safetensors.
-#   bash benchmarks/h200.sh [--budget 380] [--only G2,G3] [--tiny]     --tiny: the same code on tiny shapes, on the CPU
+# C1-C2 and G1-G8 on one H100 or H200: one command, ends within 7 minutes. Needs torch,
+# transformers and safetensors, no vLLM.
+#   bash benchmarks/h200.sh [--budget 380] [--only G2,G3]
+#   bash benchmarks/h200.sh --tiny               the same code on tiny shapes, on the CPU
 # The table and the JSON line go to stdout, and to $OUT/h200.json where OUT is set.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
