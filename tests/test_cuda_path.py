@@ -282,7 +282,7 @@ def test_memory_of_the_14b_recipes():
     full, selective, stage_2 = (
         two + (four - two) / 2 * 46 for two, four in zip(peaks[::2], peaks[1::2], strict=True))
     assert (round(full, 2), round(selective, 2)) == (54.05, 65.78)
-    # 3.1 GB more if the reference's root and head stay gathered, up to 1.9 if a chunk outlives its use
+    # 3.1 GB more if the reference's root and head stay gathered
     assert round(stage_2, 2) == 51.84
 
 
