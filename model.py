@@ -235,9 +235,9 @@ def exit_process(status):
     os._exit(status)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. Packed attention
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 VARLEN_DEVICES = {"cuda"}  # where torch's varlen kernel runs; the memory trace adds its fake CPU
 
 
@@ -281,9 +281,9 @@ def attention_saving_policy(ctx, op, *args, **kwargs):
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. Chunked head
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def scaled_logits(hidden, weight, temperature, dtype):
     """
     z of a chunk, (C, V), divided by the temperature in dtype.
@@ -333,11 +333,14 @@ class ChunkedLogprobs(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         accumulate = grad_logprobs.dtype
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # fp32 accumulator: summing a dozen chunks in bf16 would lose the small ones
-        grad_weight = torch.zeros_like(weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
+        # An fp32 sum: adding a dozen chunks in bf16 would lose the small ones
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=accumulate)
         for rows in chunks(len(targets), ctx.chunk_size):
             p = torch.softmax(
-                scaled_logits(hidden[rows], weight, ctx.temperature, accumulate), -1, dtype=accumulate)
+                scaled_logits(hidden[rows], weight, ctx.temperature, accumulate),
+                -1, dtype=accumulate)
             g = grad_logprobs[rows, None] / ctx.temperature
             # g (onehot - p), (C, V)
             grad_logits = p.mul_(-g).scatter_add_(1, targets[rows, None], g).to(hidden.dtype)
@@ -465,8 +468,9 @@ def stored_tensors(folder):
     return tensors
 
 
-# Dense decoders whose packed forward equals transformers' own: tests/test_architectures.py compares.
-ARCHITECTURES = ("glm4", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+# Dense decoders whose packed forward equals transformers' own (tests/test_architectures.py).
+ARCHITECTURES = ("glm4", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3",
+                 "smollm3")
 # Their settings that may have any value: transformers' own layers apply them.
 FREE_SETTINGS = set("""
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
@@ -491,8 +495,8 @@ def check_architecture(config):
 
     name = f"model type {config.model_type}"
     if config.model_type not in ARCHITECTURES:
-        raise ValueError(f"{name} is not supported: packed attention and the chunked head are tested "
-                         f"against transformers' own forward for {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"{name} is not supported: packed attention and the chunked head are "
+                         f"tested against transformers' own forward for {', '.join(ARCHITECTURES)}")
     generic = set(transformers.PretrainedConfig().to_dict())
     defaults, found = type(config)().to_dict(), config.to_dict()
     tested = {k: [v] for k, v in defaults.items() if k not in FREE_SETTINGS | generic}
@@ -510,26 +514,30 @@ def check_architecture(config):
                              f"the packed forward equals transformers' own with {only} only")
 
 
-def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_checkpointing="none", compile_blocks=False,
-                 head_chunk_size=2048):
+def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_checkpointing="none",
+                 compile_blocks=False, head_chunk_size=2048):
     """
-    An empty (uninitialised) sharded policy on ctx.device. Order matters: checkpoint -> compile -> shard.
+    An empty (uninitialised) sharded policy on ctx.device: checkpoint, then compile, then shard.
 
-    Checkpointing inside the compiled block lets the compiler see what is recomputed; sharding comes last, so that its
-    hooks gather the weights before either runs. Trainable: fp32 master weights, computed in compute_dtype, gradients
-    reduced in fp32. Not trainable (the reference of GRPO): stored in compute_dtype, no gradients.
+    Checkpointing inside the compiled block lets the compiler see what is recomputed; sharding comes
+    last, so that its hooks gather the weights before either runs. Trainable: fp32 master weights,
+    computed in compute_dtype, gradients reduced in fp32. Not trainable (the reference of GRPO):
+    stored in compute_dtype, no gradients.
     """
-    import transformers  # imports of half a second each stand where they are used: --help need not wait for them
+    import transformers  # half a second each, imported where they are used: --help needs none
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
     check_architecture(config)
     transformers.AttentionInterface.register("packed", packed_attention)
-    compute_dtype = compute_dtype or (torch.bfloat16 if ctx.device.type == "cuda" else torch.float32)
-    store_dtype = torch.promote_types(compute_dtype, torch.float32) if trainable else compute_dtype
+    on_gpu = ctx.device.type == "cuda"
+    compute_dtype = compute_dtype or (torch.bfloat16 if on_gpu else torch.float32)
+    masters = torch.promote_types(compute_dtype, torch.float32)
+    store_dtype = masters if trainable else compute_dtype
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=store_dtype)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="packed", dtype=store_dtype)
     if config.tie_word_embeddings:
         model.lm_head = None  # one matrix, one parameter: nothing to tie again after loading
     else:
@@ -539,11 +547,13 @@ def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_che
     model.requires_grad_(trainable)
 
     if activation_checkpointing not in ("none", "full", "selective"):
-        raise ValueError(f"--activation_checkpointing {activation_checkpointing!r}: choose none, full or selective")
+        raise ValueError(f"--activation_checkpointing {activation_checkpointing!r}: "
+                         "choose none, full or selective")
     if trainable and activation_checkpointing != "none":
         options = {"preserve_rng_state": False}  # nothing random happens inside a block
         if activation_checkpointing == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, attention_saving_policy)
+            options["context_fn"] = partial(
+                create_selective_checkpoint_contexts, attention_saving_policy)
         for i, block in enumerate(model.model.layers):
             # Non-reentrant by default; reentrant leaks with FSDP2.
             model.model.layers[i] = checkpoint_wrapper(block, **options)
@@ -552,26 +562,27 @@ def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_che
             block.compile()
 
     # reduce_dtype is explicit: what None means changed between torch versions.
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=store_dtype, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(compute_dtype, store_dtype, cast_forward_inputs=False)
     shard = partial(fully_shard, mesh=ctx.mesh, mp_policy=policy)
-    for block in model.model.layers:
-        shard(block)
-    if model.lm_head is not None:
-        # Trained, its backward follows at once: gather it one time, not two.
-        shard(model.lm_head, reshard_after_forward=not trainable)
-    shard(model, reshard_after_forward=not trainable)
-    for unit in [model, *model.model.layers, *([model.lm_head] if model.lm_head is not None else [])]:
-        # Gradients are SUMMED over ranks. The loss is already divided by the token count of all ranks, so that the
-        # average FSDP takes by default would divide a second time. (The force-sum flag makes this work on gloo.)
+    units = [shard(block) for block in model.model.layers]
+    # Trained, the root (with the embedding) and the head are gathered once: the head's backward
+    # follows its forward. The reference has no backward, and frees them until the next forward.
+    for unit in [model] if model.lm_head is None else [model.lm_head, model]:
+        units.append(shard(unit, reshard_after_forward=not trainable))
+    for unit in units:
+        # Gradients are SUMMED over ranks. The loss is already divided by the token count of all
+        # ranks; the average that FSDP takes by default would divide a second time. (The force-sum
+        # flag makes this work on gloo.)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=ctx.device)
 
-    # Non-persistent buffers (rotary frequencies) are in no file, and to_empty has just wiped them: compute them again.
+    # Rotary frequencies are in no file, and to_empty has just wiped them: compute them again.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(ctx.device)
     unfilled = [n for n, _ in model.named_buffers() if not n.startswith("model.rotary_emb.")]
     if unfilled:
-        raise ValueError(f"model type {config.model_type} has buffers that no file fills: {unfilled[:3]}")
+        raise ValueError(f"model type {config.model_type} has buffers that no file fills: "
+                         f"{unfilled[:3]}")
     model.train(trainable)
     return model
 
@@ -1026,35 +1037,42 @@ def stop_on_signal(ctx):
 # --------------------------------------------------------------------------------------------------
 def flops_per_pack(config, lengths):
     """
-    Model FLOPs of forward + backward on documents of these lengths:
-    6 N T + 12 * sum(l^2 / 2) * layers * H * d.
+    Model FLOPs of forward + backward on documents of these lengths.
 
-    N counts matmul parameters only (blocks and head; an embedding look-up is no matmul). Attention
-    counts causal pairs of the same document only, half the square: what the hardware must do.
-    Recomputation is not counted.
+    6 N T + 12 * sum(l^2 / 2) * layers * H * d, where N counts matmul parameters only (blocks and
+    head; an embedding look-up is no matmul). Attention counts causal pairs of the same document,
+    half the square: what the hardware must do. Recomputation is not counted.
     """
     return 3 * (2 * matmul_params(config) * sum(lengths) + attention_flops(config, lengths))
 
 
-def matmul_params(config):
-    """Parameters of blocks and head, the ones that are multiplied with."""
-    heads = config.num_attention_heads + config.num_key_value_heads
-    block = config.hidden_size * (2 * heads * head_size(config) + 3 * config.intermediate_size)
-    return config.num_hidden_layers * block + config.hidden_size * config.vocab_size
-
-
-def attention_flops(config, lengths):
-    """Forward FLOPs of causal attention in documents: 2 matmuls x 2 l^2 / 2 x H d, all layers."""
-    per_pair = 2 * config.num_attention_heads * head_size(config)
-    return config.num_hidden_layers * per_pair * sum(n * n for n in lengths)
-
-
-def head_size(config):
+def head_dim(config):
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def matmul_params(config):
+    """Parameters of the blocks' matrices and of the head."""
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads  # q and o, k and v
+    attention = config.hidden_size * head_dim(config) * heads
+    mlp = 3 * config.hidden_size * config.intermediate_size
+    head = config.hidden_size * config.vocab_size
+    return config.num_hidden_layers * (attention + mlp) + head
+
+
+def parameter_count(config):
+    """Parameters of a dense decoder but for norms and biases."""
+    embedding = config.vocab_size * config.hidden_size
+    return matmul_params(config) + (0 if config.tie_word_embeddings else embedding)
+
+
+def attention_flops(config, lengths):
+    """Forward FLOPs of causal attention: 2 matmuls x 2 l^2 / 2 x H d, summed over layers."""
+    width = config.num_attention_heads * head_dim(config)
+    return 2 * config.num_hidden_layers * width * sum(n * n for n in lengths)
+
+
 def peak_flops(device):
-    """Dense bf16 peak of the GPU by data sheet (FLOP/s), or None where we have no figure."""
+    """Dense bf16 peak of the GPU by data sheet, FLOP/s; None where we have no figure."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -1071,13 +1089,18 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+MEMORY_PARTS = ("weights", "gradients", "moments", "saved activations", "layer backward", "head",
+                "gathered layers", "reference")
+
+
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all live storages by part of the training step; peak: the parts at their largest sum."""
+    """Bytes of all live storages by part of a step; peak: the parts when their sum was largest."""
 
     def __init__(self, vocab_size):
         super().__init__()
         self.vocab_size, self.phase = vocab_size, ""
-        self.storages, self.live, self.peak = {}, Counter(), Counter()
+        self.storages, self.live = {}, Counter(dict.fromkeys(MEMORY_PARTS, 0))
+        self.peak = self.live.copy()
 
     def record(self, storage, part):
         key, size = id(storage), -(-storage.nbytes() // 512) * 512  # the GPU allocator's blocks
@@ -1094,11 +1117,9 @@ class LiveBytes(TorchDispatchMode):
         part, size = self.storages.pop(key)
         self.live[part] -= size
 
-    def part_of(self, tensor, op):
+    def part_of(self, tensor):
         if self.phase not in ("saved activations", "layer backward"):
             return self.phase
-        if "reduce_scatter" in op:
-            return "gradients"
         if self.vocab_size in tensor.shape:
             return "head"
         return "gathered layers" if tensor.ndim == 1 else self.phase  # FSDP's buffers are flat
@@ -1109,34 +1130,38 @@ class LiveBytes(TorchDispatchMode):
             tensor = getattr(tensor, "_local_tensor", tensor)  # of a DTensor, what this rank holds
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
                 storage = tensor.untyped_storage()
-                if id(storage) not in self.storages or "reduce_scatter" in str(op):
-                    self.record(storage, self.part_of(tensor, str(op)))
+                if id(storage) not in self.storages:
+                    self.record(storage, self.part_of(tensor))
         return result
 
 
-def traced_training(config, ranks, micro_batches, reference=False, shard_size=0, temperature=1.0,
-                    **build_options):
-    """The work of trace_memory. For a process of its own: it changes torch and is rank 0 of `ranks`."""
+def trace_training(config, ranks, micro_batches, reference=False, shard_size=0, temperature=1.0,
+                   **build_options):
+    """The work of trace_memory, in a process that is good for nothing else afterwards."""
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", rank=0, world_size=ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     shards = shard_size or ranks
-    mesh = dist.init_device_mesh("cpu", (ranks // shards, shards), mesh_dim_names=("replicate", "shard"))
-    ctx = types.SimpleNamespace(device=torch.device("cpu"), mesh=mesh if shards < ranks else mesh["shard"])
+    names = "replicate", "shard"
+    mesh = dist.init_device_mesh("cpu", (ranks // shards, shards), mesh_dim_names=names)
+    mesh = mesh if shards < ranks else mesh["shard"]
+    ctx = types.SimpleNamespace(device=torch.device("cpu"), mesh=mesh)
     memory, resize = LiveBytes(config.vocab_size), torch.UntypedStorage.resize_
 
     def resize_and_record(storage, size):  # how FSDP frees gathered weights and takes them back
         resize(storage, size)
         memory.record(storage, "gathered layers")
 
-    # The fake CPU plays a GPU: its attention kernel, and softmax that widens bf16 without a copy.
+    # The fake CPU plays a GPU: its attention kernel, its softmax that widens bf16 without a copy.
     VARLEN_DEVICES.add("cpu")
     torch.softmax = torch.log_softmax = lambda z, dim, dtype: torch.empty_like(z, dtype=dtype)
     torch.UntypedStorage.resize_ = resize_and_record
 
     def forward(model, tokens):
         memory.phase = "saved activations"
-        ids, bounds = torch.zeros(tokens, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+        ids = torch.zeros(tokens, dtype=torch.int64)
+        bounds = torch.zeros(2, dtype=torch.int32)
         return model(ids, ids, bounds, tokens, ids, temperature)[0]
 
     with FakeTensorMode(), memory:
@@ -1155,6 +1180,8 @@ def traced_training(config, ranks, micro_batches, reference=False, shard_size=0,
                 logprobs = forward(model, tokens)
                 memory.phase = "layer backward"
                 logprobs.sum().backward()
+                for parameter in model.parameters():
+                    memory.record(parameter.grad.to_local().untyped_storage(), "gradients")
             memory.phase = "moments"
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -1164,40 +1191,35 @@ def traced_training(config, ranks, micro_batches, reference=False, shard_size=0,
 
 def trace_memory(config, ranks, micro_batches, **options):
     """
-    Bytes that rank 0 of `ranks` GPUs holds at the peak of a training step: {part: bytes}.
+    Bytes that each of `ranks` GPUs holds at the peak of a training step: {part: bytes}.
 
     Everything but the arithmetic runs: build_policy in bf16, FSDP, checkpointing and AdamW, on fake
-    tensors in a fake process group, without a GPU or weights. micro_batches: token counts of one
-    optimizer step on a rank; two show the peak. options: reference (GRPO with beta > 0),
-    shard_size, temperature, and those of build_policy but compile_blocks, which would hide the
-    storages. Takes half a minute at 14B, in a process of its own.
+    tensors in a fake process group, without GPU or weights. micro_batches: tokens of each of a
+    rank's micro-batches of a step; the largest two give the peak. options: reference (GRPO with
+    beta > 0), shard_size, temperature, and build_policy's but for compile_blocks. Takes half a
+    minute at 14B, in a process of its own, so that a real process group here is no obstacle.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(traced_training, config, ranks, micro_batches, **options).result()
+        return process.submit(trace_training, config, ranks, micro_batches, **options).result()
 
 
 def describe_memory(parts, engine_share=0.0):
     """
-    One line of a plan: the peak, its parts, and which cards it fits beside vLLM.
+    One line of a plan: the peak, its parts, and which cards it fits.
 
-    parts: from trace_memory; engine_share: --gpu_memory_utilization of an engine that is awake, or 0.
+    parts: from trace_memory; engine_share: the share of the card that vLLM holds meanwhile.
     """
     peak = sum(parts.values()) / 1e9
-    # 5 GB that the trace does not see: CUDA's context, NCCL's buffers, fragmentation.
-    cards = {"80 GB": 85.0, "141 GB": 150.0}  # their names, and what torch.cuda reports in 1e9 bytes
-    fits = {card: peak + 5 + engine_share * size <= size for card, size in cards.items()}
+    shown = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items() if size >= 5e7)
+    where = "GPUs" if torch.cuda.is_available() else "GPUs (this machine has none)"
+    # 5 GB are outside the trace: CUDA's context, NCCL's buffers, fragmentation.
     engine = f" and {engine_share:.0%} of the card for vLLM" if engine_share else ""
-    gpus = "GPUs" if torch.cuda.is_available() else "GPUs (this machine has none)"
-    return (f"peak {peak:.1f} GB per rank ("
-            + ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items() if size >= 5e7)
-            + f"), traced for {gpus} in bf16; with 5 GB for CUDA and NCCL{engine}: "
-            + ", ".join(f"{'fits' if ok else 'does not fit'} {card}" for card, ok in fits.items()))
-
-
-def parameter_count(config):
-    """Parameters of a dense decoder but for norms and biases."""
-    embedding = config.vocab_size * config.hidden_size
-    return matmul_params(config) + (0 if config.tie_word_embeddings else embedding)
+    cards = {"80 GB": 85.0, "141 GB": 150.0}  # the names, and what torch finds there in 1e9 bytes
+    verdicts = ", ".join(
+        f"{'fits' if peak + 5 + engine_share * size <= size else 'does not fit'} {card}"
+        for card, size in cards.items())
+    return (f"peak {peak:.1f} GB per rank ({shown}), traced for {where} in bf16; "
+            f"with 5 GB for CUDA and NCCL{engine}: {verdicts}")
 
 
 def check_flags(cfg, choices=None, above_0=(), not_negative=(), shares=()):

@@ -1,15 +1,18 @@
 """
-B3: the chunked head against plain logits: peak memory and time, forward and backward, at a vocabulary of 151,936.
+B3: the chunked head against plain logits: peak memory and time, forward and backward, at a
+vocabulary of 151,936.
 
     python benchmarks/head.py [--tokens 4096] [--chunk 350] [--repeats 3]
 
-Rows of logits dominate: hidden size 64 keeps the matmul small enough for two cores without changing what is stored.
---chunk is the product's 2,048 of 24,000 tokens, scaled to --tokens. Arms, each in a process of its own: plain (logits,
-fp32 log-softmax, gather; what transformers does), chunked (model.token_logprobs, log-probs and entropy), torch's
-F.linear_cross_entropy (loss only, no entropy), and TRL 1.16's fused head (log-probs and entropy) in its environment.
-Seconds are CPU seconds of one thread, which others on the machine do not change; those spent in the kernel stand apart:
-malloc gives a chunk's 100 MB back to the system after each use and faults every page in again, which a GPU's caching
-allocator does not. Memory is the growth of the resident peak over the step; on the GPU see G4 of h200.py.
+Rows of logits dominate: hidden size 64 keeps the matmul small enough for two cores without changing
+what is stored. --chunk is the product's 2,048 of 24,000 tokens, scaled to --tokens. Arms, each in a
+process of its own: plain (logits, fp32 log-softmax, gather; what transformers does), chunked
+(model.token_logprobs, log-probs and entropy), torch's F.linear_cross_entropy (loss only, no
+entropy), and TRL 1.16's fused head (log-probs and entropy) in its environment. Seconds are CPU
+seconds of one thread, which others on the machine do not change; those spent in the kernel are a
+column of their own: malloc gives a chunk's 100 MB back to the system after each use and faults
+every page in again, which a GPU's caching allocator does not. Memory is the growth of the resident
+peak over the step; on the GPU see G4 of h200.py.
 """
 
 import argparse
@@ -50,15 +53,19 @@ def worker(arm, tokens, vocabulary, hidden_size, chunk):
         if not hasattr(trl_fused, "model"):
             import transformers
 
-            config = transformers.Qwen2Config(vocab_size=8, hidden_size=hidden_size, intermediate_size=8,
-                                              num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+            config = transformers.Qwen2Config(
+                vocab_size=8, hidden_size=hidden_size, intermediate_size=8, num_hidden_layers=1,
+                num_attention_heads=1, num_key_value_heads=1)
             trl_fused.model = transformers.AutoModelForCausalLM.from_config(config)
             trl_fused.model.lm_head.weight = weight
-            trl_fused.model.model = torch.nn.Identity()  # the head alone: "decoder" output is what we pass in
-            trl_fused.model.model.forward = lambda states, **_: SimpleNamespace(last_hidden_state=states)
+            # the head alone: the decoder's output is what we pass in
+            trl_fused.model.model = torch.nn.Identity()
+            trl_fused.model.model.forward = \
+                lambda states, **_: SimpleNamespace(last_hidden_state=states)
             trl_fused.model.get_output_embeddings = lambda: trl_fused.model.lm_head
             add_fused_lm_head(trl_fused.model, outputs=("log_probs", "entropy"))
-        return trl_fused.model(hidden[None], shift_labels=targets[None], fused_lm_head=True).log_probs.sum()
+        out = trl_fused.model(hidden[None], shift_labels=targets[None], fused_lm_head=True)
+        return out.log_probs.sum()
 
     step = {"plain": plain, "chunked": chunked, "torch": torch_fused, "TRL": trl_fused}[arm]
     step(hidden[:8], targets[:8]).backward()  # imports, thread pools
@@ -75,7 +82,8 @@ def worker(arm, tokens, vocabulary, hidden_size, chunk):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--hidden_size", type=int, default=64)
@@ -86,18 +94,20 @@ def main():
     if args.worker:
         return worker(args.worker, args.tokens, args.vocabulary, args.hidden_size, args.chunk)
 
-    arms = ["plain", "chunked", "torch", "TRL"] if report.TRL_PYTHON.exists() else ["plain", "chunked", "torch"]
+    arms = ["plain", "chunked", "torch", *(["TRL"] if report.TRL_PYTHON.exists() else [])]
     measured = {arm: [] for arm in arms}
     for _ in range(args.repeats):
         for arm in arms:
             start = report.trl if arm == "TRL" else report.ours
-            measured[arm].append(start(__file__, "--worker", arm, "--tokens", args.tokens, "--chunk", args.chunk,
-                                       "--vocabulary", args.vocabulary, "--hidden_size", args.hidden_size))
+            measured[arm].append(start(
+                __file__, "--worker", arm, "--tokens", args.tokens, "--chunk", args.chunk,
+                "--vocabulary", args.vocabulary, "--hidden_size", args.hidden_size))
             print(arm, measured[arm][-1], file=sys.stderr, flush=True)
     seconds = {arm: statistics.median(m["seconds"] for m in runs) for arm, runs in measured.items()}
     user = {arm: statistics.median(m["user"] for m in runs) for arm, runs in measured.items()}
     peak = {arm: statistics.median(m["peak_gb"] for m in runs) for arm, runs in measured.items()}
-    rows = [{"arm": arm, "peak GB": round(peak[arm], 3), "peak / plain": round(peak[arm] / peak["plain"], 3),
+    rows = [{"arm": arm, "peak GB": round(peak[arm], 3),
+             "peak / plain": round(peak[arm] / peak["plain"], 3),
              "CPU s": report.spread([m["seconds"] for m in runs]),
              "of it kernel": report.spread([m["kernel"] for m in runs]),
              "time / plain": round(seconds[arm] / seconds["plain"], 3),

@@ -3,12 +3,13 @@ B6: loading and exporting, per rank: no rank ever holds a full copy of the model
 
     python benchmarks/memory.py [--ranks 1,2,4] [--hidden_size 1024]
 
-A random Qwen2 (fp32 on disk) is loaded by load_policy on N gloo ranks and exported by save_hf; growth of the fullest
-rank's peak, above what the imports hold. "anonymous" is what the process itself allocates and nobody can take from it:
-loading should cost 1/N of the model plus at most one large tensor; exporting adds 1/N in the target type, plus one
-gathered tensor and its copy. "resident" counts the pages of mapped safetensors files, too, which the kernel drops when
-somebody needs the memory. save_hf's speed per writer is measured in the same run (to --folder; a path in /dev/shm is
-the weight sync's case).
+A random Qwen2 (fp32 on disk) is loaded by load_policy on N gloo ranks and exported by save_hf;
+growth of the fullest rank's peak, above what the imports hold. "anonymous" is what the process
+itself allocates and nobody can take from it: loading should cost 1/N of the model plus at most one
+large tensor; exporting adds 1/N in the target type, plus one gathered tensor and its copy.
+"resident" counts the pages of mapped safetensors files, too, which the kernel drops when somebody
+needs the memory. save_hf's speed per writer is measured in the same run (to --folder; a path in
+/dev/shm is the weight sync's case).
 """
 
 import argparse
@@ -24,32 +25,36 @@ import report
 def worker(folder):
     import torch
 
-    import model as policy_lib
+    from model import (
+        exit_process, gather_objects, load_policy, save_hf, setup_distributed, shutdown_distributed)
 
-    ctx = policy_lib.setup_distributed()
-    policy_lib.load_policy(folder / "warm-up", ctx)  # imports, thread pools, gloo buffers
+    ctx = setup_distributed()
+    load_policy(folder / "warm-up", ctx)  # imports, thread pools, gloo buffers
     before = report.peak_memory_gb(reset=True)
     with report.PeakAnonymous() as load_anonymous:
-        model = policy_lib.load_policy(folder / "model", ctx)
+        model = load_policy(folder / "model", ctx)
     load = report.peak_memory_gb() - before
     before = report.peak_memory_gb(reset=True)
     started = time.perf_counter()
     with report.PeakAnonymous() as save_anonymous:
-        policy_lib.save_hf(model, folder / f"export-{ctx.world_size}", ctx, torch.bfloat16)
+        save_hf(model, folder / f"export-{ctx.world_size}", ctx, torch.bfloat16)
     seconds = time.perf_counter() - started
-    found = policy_lib.gather_objects(
+    found = gather_objects(
         ctx, (load, report.peak_memory_gb() - before, load_anonymous.gb, save_anonymous.gb))
     if ctx.is_main:
-        size = sum(f.stat().st_size for f in (folder / f"export-{ctx.world_size}").glob("*.safetensors")) / 1e9
+        files = (folder / f"export-{ctx.world_size}").glob("*.safetensors")
+        size = sum(file.stat().st_size for file in files) / 1e9
         names = "load_gb", "save_gb", "load_anonymous_gb", "save_anonymous_gb"
         print(json.dumps({**{name: max(f[i] for f in found) for i, name in enumerate(names)},
-                          "save_seconds": seconds, "gb_per_s_and_writer": size / seconds / ctx.world_size}), flush=True)
-    policy_lib.shutdown_distributed(ctx)
-    policy_lib.exit_process(0)
+                          "save_seconds": seconds,
+                          "gb_per_s_and_writer": size / seconds / ctx.world_size}), flush=True)
+    shutdown_distributed(ctx)
+    exit_process(0)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", default="1,2,4")
     parser.add_argument("--hidden_size", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=16)
@@ -65,8 +70,9 @@ def main():
     shutil.rmtree(args.folder, ignore_errors=True)
     for name, hidden_size, layers in (("warm-up", 64, 2), ("model", args.hidden_size, args.layers)):
         config = transformers.Qwen2Config(
-            vocab_size=32_768, hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=layers,
-            num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False, bos_token_id=None, eos_token_id=1)
+            vocab_size=32_768, hidden_size=hidden_size, intermediate_size=3 * hidden_size,
+            num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4,
+            tie_word_embeddings=False, bos_token_id=None, eos_token_id=1)
         torch.manual_seed(0)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(args.folder / name)
     size = sum(f.stat().st_size for f in (args.folder / "model").glob("*.safetensors")) / 1e9
@@ -85,7 +91,8 @@ def main():
                          "GB/s per writer": round(found["gb_per_s_and_writer"], 2)})
     finally:
         shutil.rmtree(args.folder, ignore_errors=True)
-    report.finish("memory", rows, model_gb=round(size, 3), largest_tensor_gb=round(largest, 3), cores=os.cpu_count(),
+    report.finish("memory", rows, model_gb=round(size, 3), largest_tensor_gb=round(largest, 3),
+                  cores=os.cpu_count(),
                   target="load and save within what is allowed; >= 2 GB/s per writer to /dev/shm")
 
 

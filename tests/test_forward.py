@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 from model import (
+    LiveBytes,
     flops_per_pack,
     load_policy,
     matmul_params,
@@ -147,27 +147,20 @@ def test_chunked_head_passes_gradcheck():
         lambda hidden, weight: token_logprobs(hidden, weight, targets, 1.3, 2)[0], (hidden, weight))
 
 
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation creates."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return out
-
-
-def test_chunked_head_never_holds_tokens_times_vocabulary():
-    tokens, vocabulary, width, chunk = 512, 1000, 8, 32
-    hidden = torch.randn(tokens, width, requires_grad=True)
+def test_chunked_head_holds_two_chunks_at_most():
+    """Logits of a chunk and their softmax; all 512 rows would be 16 chunks."""
+    vocabulary, width, chunk = 1024, 8, 32
+    hidden = torch.randn(512, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=True)
-    with LargestTensor() as seen:
-        targets = torch.randint(vocabulary, (tokens,))
-        token_logprobs(hidden, weight, targets, chunk_size=chunk)[0].sum().backward()
-    assert seen.largest == chunk * vocabulary
+    targets = torch.randint(vocabulary, (512,))
+    with LiveBytes(vocabulary) as memory:
+        memory.phase = "layer backward"
+        logprobs, _ = token_logprobs(hidden, weight, targets, chunk_size=chunk)
+        forward = memory.peak["head"]
+        logprobs.sum().backward()
+    both, weights = 2 * chunk * vocabulary * 4, vocabulary * width * 4
+    assert forward <= both + weights  # the weight itself
+    assert memory.peak["head"] <= both + 4 * weights  # and its gradients
 
 
 # ----------------------------------------------------------------------------- cost
