@@ -300,6 +300,7 @@ class Engine:
         self.can_sleep = sleep_mode and not on_cpu
         self.request_timeout = request_timeout
         self.restarts, self.max_restarts = 0, max_restarts
+        self.busy = False  # True: it owes answers
         self.version, self.weights_folder = 0, None  # None: still on model_path's own weights
         self.log_file = Path(log_file)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -388,7 +389,6 @@ class Engine:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
         self.connection = Connection(ours.detach())
         self.ready = False
-        self.busy = False  # True: it owes answers
         send(self.connection, self.settings)
         arguments = ["--serve", str(theirs.fileno()), str(os.getpid())]
         with theirs, open(self.log_file, "ab") as log:
@@ -452,6 +452,7 @@ class Engine:
         self.process.kill()  # its guard kills the rest of the process group
         self.process.wait(KILL_SECONDS)
         self.connection.close()
+        self.busy = False
 
     def _log_tail(self):
         with open(self.log_file, "rb") as log:
