@@ -83,6 +83,19 @@ class Completion:
     version: int  # version of the weights that sampled it
 
 
+def completion_text(tokenizer, completion, stop_strings=False):
+    """
+    The text that was sampled, without the stop token at its end; stop strings stay.
+
+    Special tokens are not skipped: some tokenizers count </think> among them, and a reward that
+    looks for it would never be paid.
+    """
+    token_ids = completion.token_ids
+    if completion.finish_reason == "stop" and not stop_strings:
+        token_ids = token_ids[:-1]
+    return tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
+
+
 @dataclass(frozen=True)
 class EngineLayout:
     """What one rank has to do with the engines: see engine_layout."""
@@ -181,7 +194,7 @@ def sync_weights(model, engine, ctx, folder, version, probe):
             engine_logprobs = engine.score(probe["token_ids"])
             changed = probe.get("fingerprint", fingerprint) != fingerprint
             stale_logprobs = probe["engine_logprobs"] if changed else None
-            tolerance = PROBE_TOLERANCE[str(dtype).removeprefix("torch.")]
+            tolerance = probe["tolerance"]
             gap = check_probe(engine_logprobs, trainer_logprobs, tolerance, stale_logprobs)
 
     # Remove older versions: until now a restarted engine might have needed the previous one.

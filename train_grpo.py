@@ -1,198 +1,178 @@
 """
-Stage 2: GRPO, shorter answers at the same accuracy (Fast-Math-R1, arXiv 2507.08267; GRPO: arXiv 2402.03300).
+Stage 2: GRPO, shorter answers at the same accuracy (Fast-Math-R1, arXiv 2507.08267).
 
-    torchrun --nproc_per_node 8 train_grpo.py         the published recipe, from stage 1's runs/sft/final
-    torchrun --nproc_per_node 2 train_grpo.py --model_name_or_path runs/demo-seed1/sft/final --dataset demo:rl ...
+    torchrun --nproc_per_node 8 train_grpo.py       the published recipe, from runs/sft/final
+    torchrun --nproc_per_node 2 train_grpo.py --model_name_or_path DIR --dataset FILE ...
 
-One step, in the order of the code below:
+One step, in the order of the code in main:
 
-    1. prompts      the next P problems; the order is a function of (seed, epoch), a resumed run needs only a position
-    2. rollout      vLLM samples G answers y_1..y_G of each with the current weights
-    3. rewards      r_i = sum_k w_k * part_k(y_i): format, cosine, length ... (rewards.py); scored while others generate
+    1. prompts      the next P problems; their order is a function of (seed, epoch) alone
+    2. rollout      vLLM samples G answers y_1..y_G to each of them from the current weights
+    3. rewards      r_i = sum_k w_k * part_k(y_i): format, cosine, length ... (rewards.py)
     4. advantages   A_i = (r_i - mean_G r) / (std_G r + 1e-4): better than its siblings, or worse
     5. reference    log-probs of the frozen starting model, only if beta > 0
-    6. update       ratio_t = pi(y_t) / pi_old(y_t),   KL_t = exp(ref_t - logp_t) - (ref_t - logp_t) - 1
-                    L = sum_t m_t [-w_t min(ratio_t A, clip(ratio_t, 1 - epsilon, 1 + epsilon_high) A) + beta KL_t] / N
-                    w_t = min(pi_old(y_t) / q(y_t), cap): vLLM's q and the trainer's pi_old are not quite one program
-    7. publish      new weights to the engines, verified by a probe before anyone may sample
+    6. update       ratio_t = pi(y_t) / pi_old(y_t)
+                    KL_t = exp(ref_t - logp_t) - (ref_t - logp_t) - 1
+                    L = sum_t m_t [-w_t min(ratio_t A, clip(ratio_t) A) + beta KL_t] / N
+                    w_t = min(pi_old(y_t) / q(y_t), cap), q: what vLLM really sampled from
+    7. publish      new weights to the engines, verified before anyone samples from them
     8. log, evaluate, save
 
-Compared with train_sft.py: the same forward, the same packs, the same single denominator N per optimizer step over all
-ranks; what is new is a weight on every token. Which m and N, is all that --loss_type decides:
-    grpo      m = 1/|y_i|, N = answers          every answer counts the same, long ones have fainter tokens
-    dapo      m = 1,       N = all tokens       every token counts the same
+It is train_sft.py with a weight on every token: the same forward, the same packs, and the same
+single denominator N per optimizer step over all ranks. --loss_type only chooses m and N:
+
+    grpo      m = 1/|y_i|, N = answers                       long answers have fainter tokens
+    dapo      m = 1,       N = all tokens                    every token counts the same
     dr_grpo   m = 1,       N = answers x max_completion_length      no length enters at all
 
-No critic, no reward model, no replay. What differs from the original, and the flag that restores it: lengths in tokens
-(--length_unit chars --cosine_max_length 30000), length reward per prompt (--length_scope local_batch), mismatch weight
-(--rollout_is_cap 0), schedule ends where training stops (--lr_horizon 101). recipes/fast_math_r1_14b.sh has the list.
+There is no critic, no reward model and no replay. What the originals did differently is a patch
+against these files, hunk by hunk with the reason: recipes/originals/.
 
-Letters: P prompts, G answers per prompt, B = P x G, T tokens of a micro-batch, R ranks.
+Letters: P prompts, G answers per prompt, B = P x G answers, T tokens of a micro-batch. Every
+per-token tensor of a micro-batch is (T,): position t holds what belongs to the token it predicts.
 """
 
 import json
 import math
 import random
-import shutil
 import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers.hf_argparser import HfArg
 
-import data
-import model as policy_lib
-import rewards as reward_lib
-import rollout as rollout_lib
+from data import (
+    MODEL_INPUTS, check_lengths, collate, load_problems, micro_batches, set_chat_template,
+    stop_token_id, system_prompt_text)
+from model import (
+    RunLog, Stopped, check_common_flags, check_flags, clip_gradients, describe_memory, flag,
+    flops_per_pack, folder_hash, gather_objects, generation_config, last_checkpoint, load_checkpoint, load_config,
+    load_policy, load_tokenizer, make_schedule, max_over_ranks, model_folder,
+    nothing_left_to_train, open_run, peak_flops, peak_memory_gb, raise_on_all_ranks, run_main,
+    save_checkpoint, save_hf, schedule_horizon, setup_distributed, shutdown_distributed,
+    stop_on_signal, sum_over_ranks, trace_memory, wait_for_all_ranks, write_atomically)
+from rewards import RewardOptions, check_reward_options, gold_answer, rewards_for_group
+from rollout import (
+    PROBE_TOLERANCE, Engine, clean_sync_folder, completion_text, engine_layout, sampling_seed,
+    sync_weights)
+
+COLUMNS = ("mask", "advantages", "rollout_logprobs")  # of a row, per token; see token_rows
+MAX_SHARE_WITHOUT_REWARD = 0.25  # of a step's answers: above it a reward function is broken
+MAX_SHARE_OFF = 0.2  # of the tokens may differ by 10% in probability between sampler and trainer
+STEPS_OFF = 3  # this many steps in a row beyond that end the run
 
 
 @dataclass
-class GRPOConfig(reward_lib.RewardOptions):  # the reward flags and their defaults stand in rewards.py
+class GRPOConfig(RewardOptions):  # the reward flags and their defaults are in rewards.py
     # What to train, on what, where to
-    model_name_or_path: str = HfArg(default="runs/sft/final", help="Start and KL reference: folder or hub id.")
-    dataset: str = HfArg(default="RabotniKuma/Fast-Math-R1-GRPO", help="Hub id, file, folder or demo:rl, with answers.")
-    dataset_split: str = HfArg(default="train", help="Split, for hub ids and saved folders.")
-    problem_column: str = HfArg(default="problem", help="Column of the question.")
-    answer_column: str = HfArg(default="answer", help="Column of the gold answer (Open-RS's oddity: solution).")
-    train_fraction: float = HfArg(default=1.0, help="Random share of the rows, seed 2025; the original run used 0.5.")
-    max_malformed: float = HfArg(default=0.01, help="Share of rows that may be dropped before the run is refused.")
-    benchmark_dir: str = HfArg(default="", help="Warn of rows that overlap a benchmark: folder of benchmarks, or hub.")
-    output_dir: str = HfArg(default="runs/grpo", help="Run directory: config, metrics, checkpoints, rollouts, final.")
-    resume: bool = HfArg(default=False, help="Continue from output_dir's newest intact checkpoint; none is an error.")
-    force: bool = HfArg(default=False, help="Resume though flags that change the result differ from the checkpoint's.")
+    model_name_or_path: str = flag("runs/sft/final", "Start and KL reference: folder or hub id.")
+    dataset: str = flag("RabotniKuma/Fast-Math-R1-GRPO", "Hub id[:split], file or folder.")
+    problem_column: str = flag("problem", "Column of the question.")
+    answer_column: str = flag("answer", "Column of the gold answer.")
+    output_dir: str = flag("runs/grpo", "Config, metrics, checkpoints, rollouts, final.")
+    resume: bool = flag(False, "Continue from output_dir's newest intact checkpoint.")
     # Prompts and sampling
-    system_prompt: str = HfArg(default="grpo", help="sft, grpo, open_rs, open_rs3, none, or the text itself.")
-    chat_template: str = HfArg(default="tokenizer", help="tokenizer (as saved by stage 1), open_r1_roles, Jinja file.")
-    num_prompts_per_step: int = HfArg(default=16, help="P: problems per optimizer step.")
-    num_generations: int = HfArg(default=8, help="G: answers per problem.")
-    max_prompt_length: int = HfArg(default=512, help="Longer prompts are dropped at load time and counted.")
-    max_model_length: int = HfArg(default=0, help="Cap on prompt + answer; 0: their sum. The original: 16384.")
-    temperature: float = HfArg(default=1.0, help="Sampling temperature; the trainer divides its logits by it too.")
-    temperature_in_logprobs: bool = HfArg(default=True, help="False: log-probs at temperature 1 regardless (Open-RS).")
-    top_p: float = HfArg(default=0.9, help="Nucleus sampling; below 1 biases the gradient, see rollout_is_cap.")
-    min_p: float = HfArg(default=0.05, help="Drop tokens below this share of the likeliest one's probability.")
-    dynamic_sampling_rounds: int = HfArg(default=0, help="Times equal-reward groups may be replaced by fresh prompts.")
+    system_prompt: str = flag("grpo", "sft, grpo, open_rs, open_rs3, none, or the text itself.")
+    chat_template: str = flag("tokenizer", "tokenizer (its own), open_r1_roles, or a Jinja file.")
+    num_prompts_per_step: int = flag(16, "P: problems per optimizer step.")
+    num_generations: int = flag(8, "G: answers per problem.")
+    max_prompt_length: int = flag(512, "Longer prompts are dropped at load time and counted.")
+    temperature: float = flag(1.0, "Of sampling; the trainer divides its logits by it, too.")
+    top_p: float = flag(0.9, "Nucleus sampling; below 1 see rollout_is_cap.")
+    min_p: float = flag(0.05, "Drop tokens below this share of the likeliest one's probability.")
+    dynamic_sampling_rounds: int = flag(0, "Times that groups of equal rewards are replaced.")
     # Objective
-    loss_type: str = HfArg(default="grpo", help="grpo, dapo or dr_grpo: see the head of this file.")
-    scale_rewards: str = HfArg(default="group", help="Divide advantages by the std of the group, the batch, or none.")
-    beta: float = HfArg(default=0.04, help="Weight of the KL term; 0: no reference model is loaded.")
-    epsilon: float = HfArg(default=0.2, help="Clip of the ratio from below.")
-    epsilon_high: float = HfArg(default=0.2, help="Clip of the ratio from above (DAPO: 0.28).")
-    num_iterations: int = HfArg(default=1, help="Optimizer steps per batch of rollouts.")
-    importance_sampling_level: str = HfArg(default="token", help="token, or sequence (GSPO).")
-    rollout_is_cap: float = HfArg(default=2.0, help="Cap of the weight correcting sampler against trainer; 0: off.")
-    mask_truncated_completions: bool = HfArg(default=False, help="Leave answers cut for length out of the loss.")
+    loss_type: str = flag("grpo", "grpo, dapo or dr_grpo: see the head of this file.")
+    scale_rewards: str = flag("group", "Divide advantages by the std of group, batch, or none.")
+    beta: float = flag(0.04, "Weight of the KL term; 0: no reference model is loaded.")
+    epsilon: float = flag(0.2, "Clip of the ratio from below.")
+    epsilon_high: float = flag(0.2, "Clip of the ratio from above (DAPO: 0.28).")
+    num_iterations: int = flag(1, "Optimizer steps per batch of rollouts.")
+    importance_sampling_level: str = flag("token", "token, or sequence (GSPO).")
+    rollout_is_cap: float = flag(2.0, "Cap of the weight of sampler against trainer; 0: off.")
+    mask_truncated_completions: bool = flag(False, "Leave answers cut for length out of the loss.")
     # Optimizer and schedule
-    num_train_epochs: float = HfArg(default=1, help="Passes over the problems.")
-    max_steps: int = HfArg(default=50, help="Stop after this many steps; -1: after num_train_epochs.")
-    lr_horizon: int = HfArg(default=-1, help="Steps of the schedule; -1: where training stops. May exceed max_steps.")
-    learning_rate: float = HfArg(default=4e-6, help="Peak learning rate.")
-    lr_scheduler_type: str = HfArg(default="cosine", help="cosine[_with_min_lr], linear, constant[_with_warmup].")
-    min_lr_rate: float = HfArg(default=0.1, help="Floor as a share of the peak, for cosine_with_min_lr.")
-    warmup_ratio: float = HfArg(default=0.0, help="Share of the horizon spent on linear warm-up.")
-    weight_decay: float = HfArg(default=0.0, help="AdamW's decoupled weight decay.")
-    adam_beta1: float = HfArg(default=0.9, help="AdamW: memory of the gradient's mean.")
-    adam_beta2: float = HfArg(default=0.999, help="AdamW: memory of the gradient's square.")
-    max_grad_norm: float = HfArg(default=1.0, help="Clip the gradient to this norm; 0 leaves it alone.")
-    seed: int = HfArg(default=42, help="Order of the problems and seeds of the samples.")
+    num_train_epochs: float = flag(1, "Passes over the problems.")
+    max_steps: int = flag(50, "Stop after this many steps; -1: after num_train_epochs.")
+    lr_horizon: int = flag(-1, "Steps of the schedule; -1: where training stops.")
+    learning_rate: float = flag(4e-6, "Peak learning rate.")
+    lr_scheduler_type: str = flag("cosine", "cosine[_with_min_lr], linear, constant[_with_warmup].")
+    min_lr_rate: float = flag(0.1, "Floor as a share of the peak, for cosine_with_min_lr.")
+    warmup_ratio: float = flag(0.0, "Share of the horizon spent on linear warm-up.")
+    weight_decay: float = flag(0.0, "AdamW's decoupled weight decay.")
+    adam_beta2: float = flag(0.999, "AdamW: memory of the gradient's square.")
+    max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0 leaves it alone.")
+    seed: int = flag(42, "Order of the problems and seeds of the samples.")
     # Machine
-    max_tokens_per_microbatch: int = HfArg(default=0, help="Tokens of a micro-batch; 0: longest prompt + answer.")
-    activation_checkpointing: str = HfArg(default="full", help="none, full, or selective (keep attention outputs).")
-    compile: bool = HfArg(default=False, help="torch.compile each block.")
-    shard_size: int = HfArg(default=0, help="Ranks that share one copy of the weights; 0: all.")
-    head_chunk_size: int = HfArg(default=2048, help="Tokens whose logits exist at a time.")
-    timeout_minutes: float = HfArg(default=120, help="Deadline of every wait between ranks; must cover one rollout.")
-    heartbeat_timeout: float = HfArg(default=300, help="Seconds of silence that end the run, naming the frozen rank.")
+    max_tokens_per_microbatch: int = flag(0, "0: as many as the longest prompt + answer.")
+    activation_checkpointing: str = flag("full", "none, full, or selective (keep attention).")
+    compile: bool = flag(False, "torch.compile each block.")
+    shard_size: int = flag(0, "Ranks that share one copy of the weights; 0: all.")
+    timeout_minutes: float = flag(120, "Longest wait between ranks; must cover one rollout.")
     # Engines
-    tensor_parallel_size: int = HfArg(default=1, help="Ranks per vLLM engine; 14B on 8 H200: 4 (latency decides).")
-    gpu_memory_utilization: float = HfArg(default=0.3, help="Share of GPU memory for vLLM.")
-    kv_cache_gb: float = HfArg(default=0, help="GB of KV cache instead of a share; 0: by share on GPU, 0.25 on CPU.")
-    max_num_seqs: int = HfArg(default=128, help="Answers an engine decodes together.")
-    enforce_eager: bool = HfArg(default=False, help="No CUDA graphs: two to four times slower decoding, less memory.")
-    vllm_sleep: bool = HfArg(default=False, help="Engines free their GPU memory during the update (for 80 GB cards).")
-    sync_dir: str = HfArg(default="/dev/shm", help="Where weights are handed to the engines.")
-    probe_tolerance: float = HfArg(default=0, help="Mean log-prob gap allowed after a sync; 0: by the engine's dtype.")
-    engine_start_timeout: float = HfArg(default=1800, help="Seconds an engine may take to start.")
-    engine_stall_timeout: float = HfArg(default=600, help="Seconds without a new token until an engine is replaced.")
-    max_engine_restarts: int = HfArg(default=3, help="Engines replaced per rank before the run gives up.")
+    tensor_parallel_size: int = flag(1, "Ranks per vLLM engine; 14B on 8 H200: 4.")
+    gpu_memory_utilization: float = flag(0.3, "Share of GPU memory for vLLM.")
+    max_num_seqs: int = flag(128, "Answers an engine decodes at the same time.")
+    enforce_eager: bool = flag(False, "No CUDA graphs: less memory, 2 to 4 times slower decoding.")
+    vllm_sleep: bool = flag(False, "Engines free their memory during the update (80 GB cards).")
+    request_timeout: float = flag(1800, "Seconds of silence until an engine is replaced.")
+    sync_dir: str = flag("/dev/shm", "Where weights are handed to the engines.")
+    probe_tolerance: float = flag(0, "Mean log-prob gap of trainer and engine; 0: by dtype.")
     # Saving, evaluating, logging
-    save_steps: int = HfArg(default=5, help="Checkpoint every so many steps; 0: only at the end.")
-    save_total_limit: int = HfArg(default=2, help="Checkpoints to keep; 0: all.")
-    keep_steps: str = HfArg(default="", help="Comma-separated steps whose checkpoints are never removed.")
-    save_dtype: str = HfArg(default="bfloat16", help="Type of the weights in final: bfloat16 or float32.")
-    eval_dataset: str = HfArg(default="", help="Problems for evaluation with the same engines; empty: none.")
-    eval_split: str = HfArg(default="train", help="Split of eval_dataset, for hub ids and saved folders.")
-    eval_steps: int = HfArg(default=10, help="Evaluate every so many steps, and at the end.")
-    eval_num_samples: int = HfArg(default=4, help="Samples per problem in evaluation, with the training's sampling.")
-    logging_steps: int = HfArg(default=1, help="Print a line every so many steps; metrics.jsonl gets all.")
-    report_to: str = HfArg(default="none", help="tensorboard, wandb or trackio beside metrics.jsonl.")
-    dry_run: bool = HfArg(default=False, help="Print the plan without loading a model or starting an engine.")
-
-
-# Flags that may change between a checkpoint and its resumption without changing the result.
-FREE_TO_CHANGE = {
-    "resume", "force", "output_dir", "timeout_minutes", "heartbeat_timeout", "save_steps", "save_total_limit",
-    "keep_steps", "report_to", "max_steps", "activation_checkpointing", "compile", "shard_size", "head_chunk_size",
-    "dry_run", "tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gb", "max_num_seqs", "enforce_eager",
-    "vllm_sleep", "sync_dir", "engine_start_timeout", "engine_stall_timeout", "max_engine_restarts",
-    "max_tokens_per_microbatch", "eval_dataset", "eval_split", "eval_steps", "eval_num_samples", "save_dtype",
-    "logging_steps", "benchmark_dir",
-    "probe_tolerance"}
-
-
-def longest_sequence(cfg):
-    """Tokens that a prompt and its answer may have together."""
-    return cfg.max_model_length or cfg.max_prompt_length + cfg.max_completion_length
+    save_steps: int = flag(5, "Checkpoint every so many steps; 0: only at the end.")
+    save_total_limit: int = flag(2, "Checkpoints to keep; 0: all.")
+    eval_dataset: str = flag("", "Problems for evaluation with the same engines; empty: none.")
+    eval_steps: int = flag(10, "Evaluate every so many steps, and at the end.")
+    eval_num_samples: int = flag(4, "Samples per problem in evaluation, sampled as in training.")
+    report_to: str = flag("none", "tensorboard, wandb or trackio beside metrics.jsonl.")
+    dry_run: bool = flag(False, "Print the plan and the memory of a step; load no weights.")
+    ranks: int = flag(0, "With --dry_run: plan for this many ranks; 0: those running.")
 
 
 def check_config(cfg):
-    """Refuse impossible values before anything starts: flag, value, reason, remedy. Raises ValueError."""
-    policy_lib.check_common_flags(cfg)
-    reward_lib.check_reward_options(cfg)
-    policy_lib.check_flags(
+    """Refuse impossible values before anything starts. Raises ValueError: flag, value, remedy."""
+    check_common_flags(cfg)
+    check_reward_options(cfg)
+    check_flags(
         cfg,
-        choices={"loss_type": ("grpo", "dapo", "dr_grpo"), "scale_rewards": ("group", "batch", "none"),
+        choices={"loss_type": ("grpo", "dapo", "dr_grpo"),
+                 "scale_rewards": ("group", "batch", "none"),
                  "importance_sampling_level": ("token", "sequence")},
-        above_0=("num_prompts_per_step", "max_prompt_length", "max_completion_length", "num_iterations",
-                 "tensor_parallel_size", "temperature", "top_p", "train_fraction", "eval_num_samples", "max_num_seqs",
-                 "gpu_memory_utilization", "engine_start_timeout", "engine_stall_timeout"),
-        not_negative=("beta", "epsilon", "epsilon_high", "rollout_is_cap", "dynamic_sampling_rounds", "kv_cache_gb",
-                      "probe_tolerance", "max_engine_restarts", "max_model_length", "max_tokens_per_microbatch"),
-        shares=("top_p", "min_p", "train_fraction", "gpu_memory_utilization"))
+        above_0=("num_prompts_per_step", "max_prompt_length", "max_completion_length", "top_p",
+                 "num_iterations", "tensor_parallel_size", "temperature", "eval_num_samples",
+                 "max_num_seqs", "gpu_memory_utilization", "request_timeout"),
+        not_negative=("beta", "epsilon", "epsilon_high", "rollout_is_cap", "probe_tolerance",
+                      "dynamic_sampling_rounds", "max_tokens_per_microbatch", "ranks"),
+        shares=("top_p", "min_p", "gpu_memory_utilization"))
     if cfg.num_generations < 2:
-        raise ValueError(f"--num_generations {cfg.num_generations}: an advantage compares answers to the same problem; "
-                         "use 2 or more")
-    longest = longest_sequence(cfg)
-    if longest <= cfg.max_prompt_length:
-        raise ValueError(f"--max_model_length {longest} leaves no room for an answer after "
-                         f"--max_prompt_length {cfg.max_prompt_length}")
-    if cfg.max_tokens_per_microbatch and cfg.max_tokens_per_microbatch < longest:
-        raise ValueError(f"--max_tokens_per_microbatch {cfg.max_tokens_per_microbatch} is below the longest "
-                         f"prompt + answer, {longest}; "
-                         "an answer is never cut, so raise it, or 0 for exactly that length")
+        raise ValueError(f"--num_generations {cfg.num_generations}: an advantage compares answers "
+                         "to the same problem; use 2 or more")
+    longest = cfg.max_prompt_length + cfg.max_completion_length
+    if 0 < cfg.max_tokens_per_microbatch < longest:
+        raise ValueError(f"--max_tokens_per_microbatch {cfg.max_tokens_per_microbatch} is below "
+                         f"the longest prompt + answer, {longest}; raise it, or use 0")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The algorithm, as pure functions
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def group_advantages(rewards, scale_rewards="group", eps=1e-4):
     """
-    A_i = (r_i - mean of its group) / (std + eps); arXiv 2402.03300, section 4.1.2, with the unbiased (n - 1) std.
+    A_i = (r_i - mean of its group) / (std + eps); arXiv 2402.03300, section 4.1.2, unbiased std.
 
-    rewards (P, G) float, returns (P, G). scale_rewards: "group" divides by the group's std, "batch" by that of all
-    rewards, "none" not at all (Dr. GRPO, arXiv 2503.20783: dividing by the group's std favours problems that are almost
-    always or almost never solved). NaN marks an answer without a reward: it gets advantage 0 and stays out of its
-    group's mean. eps keeps a group of equal rewards at exactly 0.
+    rewards (P, G) float -> (P, G). scale_rewards: divide by the std of the "group", of the "batch",
+    or by "none" (Dr. GRPO, arXiv 2503.20783: the group's std favours problems that are almost
+    always or almost never solved). NaN is an answer without a reward: advantage 0, in no mean.
     """
     known = ~rewards.isnan()
-    values = rewards.nan_to_num()
     count = known.sum(1, keepdim=True).clamp(min=1)  # (P, 1)
-    centered = torch.where(known, values - values.sum(1, keepdim=True) / count, 0.0)  # (P, G)
-    # A group whose rewards are equal teaches nothing, but rounding in its mean would be blown up by 1 / eps.
+    mean = rewards.nan_to_num().sum(1, keepdim=True) / count  # (P, 1)
+    centered = torch.where(known, rewards - mean, 0.0)  # (P, G)
+    # A group of equal rewards teaches nothing, but 1 / eps would blow up the rounding of its mean.
     highest = torch.where(known, rewards, -math.inf).amax(1, keepdim=True)  # (P, 1)
     lowest = torch.where(known, rewards, math.inf).amin(1, keepdim=True)  # (P, 1)
     centered = torch.where(highest > lowest, centered, 0.0)
@@ -200,603 +180,588 @@ def group_advantages(rewards, scale_rewards="group", eps=1e-4):
         return centered
     if scale_rewards == "batch":
         return centered / (rewards[known].std() + eps if known.sum() > 1 else 1.0)
-    std = (centered.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()  # (P, 1)
-    return centered / (std + eps)
+    variance = centered.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)  # (P, 1)
+    return centered / (variance.sqrt() + eps)
 
 
-def loss_weights(loss_type, lengths, counted, max_completion_length):
+def loss_weights(loss_type, lengths, has_loss, max_completion_length):
     """
-    (weights, denominator): the number m_i that each token of answer i carries in the mask, and N.
+    ([m_i], N): the mask value of every token of answer i, and the denominator of the step.
 
-    lengths: tokens per answer; counted: False for answers left out of the loss (truncated ones, if masked, and those
-    without a reward). An answer left out of the numerator is left out of the denominator too. Returns ([m_i], N).
+    lengths: tokens per answer; has_loss: False for an answer that is left out of the loss. It is
+    left out of the denominator, too: otherwise masked answers would shrink the gradient.
     """
-    counted = [bool(c) and n > 0 for c, n in zip(counted, lengths, strict=True)]
+    has_loss = [bool(h) and n > 0 for h, n in zip(has_loss, lengths, strict=True)]
+    answers = sum(has_loss)
     if loss_type == "grpo":
-        return [1.0 / n if c else 0.0 for c, n in zip(counted, lengths, strict=True)], float(max(1, sum(counted)))
-    tokens = sum(n for c, n in zip(counted, lengths, strict=True) if c)
-    denominator = tokens if loss_type == "dapo" else sum(counted) * max_completion_length
-    return [1.0 if c else 0.0 for c in counted], float(max(1, denominator))
+        token_weights = [1.0 / n if h else 0.0 for h, n in zip(has_loss, lengths, strict=True)]
+        return token_weights, float(max(1, answers))
+    tokens = sum(n for h, n in zip(has_loss, lengths, strict=True) if h)
+    denominator = tokens if loss_type == "dapo" else answers * max_completion_length
+    return [float(h) for h in has_loss], float(max(1, denominator))
 
 
-def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, denominator, epsilon=0.2, epsilon_high=0.2,
-              beta=0.0, importance_sampling_level="token", rollout_logprobs=None, rollout_is_cap=None,
-              sequence_ids=None):
+def grpo_loss(logprobs, batch, denominator, cfg):
     """
-    The clipped surrogate with a KL term, on one packed micro-batch; arXiv 2402.03300 eq. 3, 4.
+    The clipped surrogate with a KL term on one micro-batch; arXiv 2402.03300, eq. 3 and 4.
 
-    All tensors (T,): logprobs of the policy (with gradient), old_logprobs of the policy that sampled (pass
-    logprobs.detach() on the first step after a rollout), ref_logprobs of the reference (None if beta is 0), advantages
-    repeated on every token of an answer, mask 0 outside answers and m inside (loss_weights), rollout_logprobs as vLLM
-    reported them (None: no correction), sequence_ids (int64) naming each token's answer (for level "sequence").
-    Returns (loss, metrics): loss = sum / denominator, a scalar; metrics: sums over masked-in tokens (detached), to be
-    divided by metrics["tokens"] once they are added up over micro-batches and ranks. Inputs are not modified.
+    logprobs (T,) of the policy, with gradient. batch: mask, advantages, rollout_logprobs,
+    old_logprobs, position_ids and, if cfg.beta, ref_logprobs, all (T,), none modified. Returns
+    (loss, sums): a scalar, and floats added up over the tokens inside the mask.
     """
+    mask, advantages = batch["mask"], batch["advantages"]
     inside = (mask > 0).to(logprobs.dtype)  # (T,)
-    log_ratio = (logprobs - old_logprobs) * inside  # log pi(y_t) / pi_old(y_t)                                  (T,)
-    if importance_sampling_level == "sequence":
-        if sequence_ids is None:
-            raise ValueError("importance_sampling_level 'sequence' needs sequence_ids: each token's answer")
-        # GSPO (arXiv 2507.18071, eq. 7): one ratio per answer, the geometric mean of its tokens' ratios.
-        sums = torch.zeros(int(sequence_ids.max()) + 1, dtype=log_ratio.dtype, device=log_ratio.device)
-        lengths = sums.index_add(0, sequence_ids, inside).clamp(min=1)
-        log_ratio = (sums.index_add(0, sequence_ids, log_ratio) / lengths)[sequence_ids]  # (T,)
+    log_ratio = (logprobs - batch["old_logprobs"]) * inside  # log pi(y_t) / pi_old(y_t)
+    if cfg.importance_sampling_level == "sequence":
+        # GSPO (arXiv 2507.18071, eq. 7): one ratio per answer, the geometric mean of its tokens'.
+        answer = (batch["position_ids"] == 0).cumsum(0) - 1  # (T,) which document of the pack
+        zeros = torch.zeros(len(answer), dtype=inside.dtype, device=inside.device)
+        length = zeros.index_add(0, answer, inside).clamp(min=1)
+        log_ratio = (zeros.index_add(0, answer, log_ratio) / length)[answer]
     ratio = log_ratio.exp()
-    surrogate = torch.minimum(
-        ratio * advantages,  # min( r_t A,
-        ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages)  # clip(r_t) A ): no gain past the fence; way back open
-    if rollout_is_cap and rollout_logprobs is not None:
-        # vLLM and the trainer round differently, and top_p / min_p cut the tail: the samples come from q, not pi_old.
-        # w_t = min(pi_old / q, cap): unweighted, the gradient is that of another policy. Per token, because the product
-        # over a long answer is dominated by noise.
-        rollout_weight = (old_logprobs - rollout_logprobs).exp().clamp(max=rollout_is_cap).detach()  # (T,)
-        surrogate = surrogate * rollout_weight
+
+    # min(ratio A, clip(ratio) A): no gradient once the ratio has left the trust region, except
+    # back towards it. Without the min, a ratio that is already too large would be pushed further.
+    clipped = ratio.clamp(1 - cfg.epsilon, 1 + cfg.epsilon_high)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    if cfg.rollout_is_cap:
+        # vLLM rounds differently, and top_p and min_p cut the tail: the samples come from q, not
+        # from pi_old, and unweighted the gradient is that of another policy. One weight per token,
+        # because the product over a long answer is mostly noise.
+        rollout_weight = (batch["old_logprobs"] - batch["rollout_logprobs"]).exp()
+        surrogate = surrogate * rollout_weight.clamp(max=cfg.rollout_is_cap)
     token_loss = -surrogate
-    metrics = {
-        "tokens": inside.sum(),
-        "clip_low": ((ratio < 1 - epsilon) & (advantages < 0)).to(inside.dtype).mul(inside).sum(),
-        "clip_high": ((ratio > 1 + epsilon_high) & (advantages > 0)).to(inside.dtype).mul(inside).sum(),
-        "ratio": (ratio * inside).sum(),
-    }
-    if beta:
-        # k3 (arXiv 2402.03300, eq. 4): never negative, zero only where the policies agree. As a loss term its expected
-        # gradient is that of KL(ref || pi); k1, the plain log-ratio, would have expected gradient exactly 0.
-        delta = (ref_logprobs - logprobs) * inside
-        kl = delta.exp() - delta - 1  # (T,)
-        token_loss = token_loss + beta * kl
-        metrics["kl"] = (kl * inside).sum()
+
+    clip_low = (ratio < 1 - cfg.epsilon) & (advantages < 0)
+    clip_high = (ratio > 1 + cfg.epsilon_high) & (advantages > 0)
+    sums = {"tokens": inside.sum(), "ratio": (ratio * inside).sum(),
+            "clip_low": (clip_low * inside).sum(), "clip_high": (clip_high * inside).sum()}
+    if cfg.beta:
+        # k3: never negative, zero only where both policies agree. As a loss its expected gradient
+        # is that of KL(ref || pi); k1, the plain log-ratio, would have expected gradient 0.
+        delta = (batch["ref_logprobs"] - logprobs) * inside
+        kl = delta.exp() - delta - 1
+        token_loss = token_loss + cfg.beta * kl
+        sums["kl"] = (kl * inside).sum()
+
     loss = (token_loss * mask).sum() / denominator
-    return loss, {name: float(value.detach()) for name, value in metrics.items()}
+    sums["loss"] = loss
+    return loss, {name: float(value.detach()) for name, value in sums.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Steps of the loop that need more than a line
-# ---------------------------------------------------------------------------------------------------------------------
-@dataclass
-class Problem:
-    """One prompt of the training set. row: its number in the source; prompt_ids: with the generation prompt."""
-
-    row: int
-    problem: str
-    answer: str
-    prompt_ids: list
-
-
-def load_problems(dataset, split, tokenizer, cfg):
-    """
-    ([Problem], {reason: count}) of a data set: rows without a gradable gold answer or with a long prompt are dropped.
-
-    A gold answer that cannot be read would pay every completion the same, or none: it never enters, unless
-    --bad_gold_reward asks for the original's behaviour. Raises data.DataError when nothing is left.
-    """
-    problems, dropped, total = [], Counter(), 0
-    system_prompt = data.system_prompt_text(cfg.system_prompt)
-    for number, (row, reason) in enumerate(data.iterate_rows(dataset, split)):
-        total += 1
-        if reason is None:
-            problem, answer = row.get(cfg.problem_column), row.get(cfg.answer_column)
-            if not isinstance(problem, str) or not problem.strip():
-                reason = f"no text in column {cfg.problem_column!r}"
-            elif answer is None or isinstance(answer, (dict, bool)):
-                reason = f"no answer in column {cfg.answer_column!r}"
-            elif (gold := reward_lib.gold_answer(answer)) is None:
-                gold = str(answer) if reward_lib.gold_answer(str(answer)) is None else ""  # a float nan is none
-                reason = "answer that the grader cannot read" if cfg.bad_gold_reward is None else None
-        if reason is None:
-            prompt_ids = data.chat_prompt_ids(tokenizer, problem, system_prompt)
-            if len(prompt_ids) > cfg.max_prompt_length:
-                reason = f"prompt longer than {cfg.max_prompt_length} tokens"
-        if reason is None:
-            problems.append(Problem(number, problem, gold, prompt_ids))
-        else:
-            dropped[reason] += 1
-    if not problems:
-        raise data.DataError(f"{dataset}: no problem to train on; {total} rows dropped: {dict(dropped)}")
-    if sum(dropped.values()) > cfg.max_malformed * total:
-        raise data.DataError(f"{dataset}: {sum(dropped.values()) / total:.1%} of the rows were dropped "
-                             f"({dict(dropped)}), more than --max_malformed {cfg.max_malformed:.1%} allows; "
-                             "repair them or raise it")
-    return problems, dict(dropped)
-
-
-def prompts_at(num_problems, cursor, count, seed):
-    """
-    Problem numbers at cursor .. cursor + count of the endless sequence of epochs, each shuffled by (seed, epoch).
-
-    Position alone decides, so that nothing is repeated or skipped by a resume, nor by prompts that were replaced.
-    """
-    chosen = []
-    while len(chosen) < count:
-        epoch, offset = divmod(cursor + len(chosen), num_problems)
-        order = list(range(num_problems))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        chosen += order[offset:offset + count - len(chosen)]
-    return chosen
-
-
-def sample_groups(engine, layout, ctx, problems, chosen, step, cursor, cfg, tokenizer, timer):
-    """
-    Roll out and score one answer group per chosen problem; every rank returns all groups, in the order of `chosen`.
-
-    Each engine takes every count-th problem. A group is scored the moment it is complete, while the engine goes on with
-    the others. Seeds come from (seed, step, prompt, sample), a prompt being known by its place in the sequence that
-    starts at cursor: where an epoch ends within a step, a problem may stand in it twice and is sampled anew. Returns a
-    list of dicts: problem, completions, texts, scored.
-    """
-    mine = {}
-    limit = longest_sequence(cfg)
-    with policy_lib.raise_on_all_ranks(ctx, f"the rollout of step {step + 1}" if step >= 0 else "the evaluation"):
-        if engine is not None:
-            numbers = list(range(layout.index, len(chosen), layout.count))
-            group_problems = [problems[chosen[i]] for i in numbers]
-            stream = engine.generate(
-                [p.prompt_ids for p in group_problems], n=cfg.num_generations, temperature=cfg.temperature,
-                top_p=cfg.top_p, min_p=cfg.min_p,
-                max_tokens=[min(cfg.max_completion_length, limit - len(p.prompt_ids)) for p in group_problems],
-                seeds=[[rollout_lib.sampling_seed(cfg.seed, step, cursor + i, s) for s in range(cfg.num_generations)]
-                       for i in numbers])
-            for local_index, completions in stream:
-                with timer("rewards"):
-                    mine[numbers[local_index]] = score_group(group_problems[local_index], completions, cfg, tokenizer)
-    with timer("rollout_wait"):
-        groups = {i: group for part in policy_lib.gather_objects(ctx, mine) for i, group in part.items()}
-    return [groups[i] for i in range(len(chosen))]
-
-
-def score_group(problem, completions, cfg, tokenizer):
-    """Rewards of one group: rewards.py sees texts and lengths, never token ids."""
-    texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
-    scored = reward_lib.rewards_for_group(
-        texts, problem.answer, cfg, lengths=[len(c.token_ids) for c in completions],
-        truncated=[c.finish_reason == "length" for c in completions])
-    return {"problem": problem, "completions": completions, "texts": texts, "scored": scored}
-
-
-def token_rows(groups, advantages, weights):
-    """
-    One flat dict per answer: ids and the per-token arrays of the loss, each aligned with its token.
-
-    ids (S,) = prompt + completion; mask, rollout_logprobs (S,) are 0 on the prompt; mask carries m_i on the completion,
-    end-of-turn token included. collate_rows shifts them to the positions that predict.
-    """
-    rows = []
-    flat = [(g["problem"].prompt_ids, c) for g in groups for c in g["completions"]]
-    for i, (prompt_ids, completion) in enumerate(flat):
-        before = np.zeros(len(prompt_ids), dtype=np.float32)
-        rows.append({
-            "ids": np.array([*prompt_ids, *completion.token_ids], dtype=np.int64),
-            "mask": np.append(before, np.full(len(completion.token_ids), weights[i], dtype=np.float32)),
-            "rollout_logprobs": np.append(before, np.array(completion.logprobs, dtype=np.float32)),
-            "advantage": float(advantages[i]),
-        })
-    return rows
-
-
-def micro_batches(rows, config, ranks, max_tokens):
-    """
-    For every rank the list of its micro-batches, each a list of row numbers; the same count on every rank.
-
-    In every micro-batch all ranks wait for the slowest, so all of them, on all ranks, should cost the same (matmul +
-    attention): rows go into bins of nearly equal cost, as few as max_tokens allows, and the bins are dealt in order of
-    cost. To even out each rank's total alone leaves 5% of waiting, this 2% (benchmarks/packing.py). A rank without rows
-    gets empty bins: it must join every collective of FSDP, or all ranks hang.
-    """
-    sizes = [len(row["ids"]) for row in rows]
-    costs = [policy_lib.flops_per_pack(config, [size]) for size in sizes]
-    turns, fits = math.ceil(sum(sizes) / (max_tokens * ranks)), False
-    while not fits:  # ends: with a bin for every row, none is larger than the longest row
-        bins = data.split_evenly(costs, turns * ranks)
-        fits = all(sum(sizes[i] for i in members) <= max_tokens for members in bins)
-        turns += 1
-    hands = data.assign_to_ranks([sum(costs[i] for i in members) for members in bins], ranks)
-    return [[bins[i] for i in hand] for hand in hands]
-
-
-def collate_rows(rows, members, device):
-    """A micro-batch: data.collate's tensors plus rollout_logprobs, advantages (T,) float32, sequence_ids (T,) int64."""
-    chosen = [rows[i] for i in members]
-    batch = data.collate([(row["ids"], row["mask"]) for row in chosen], device)
-    if chosen:
-        shifted = np.concatenate([np.append(row["rollout_logprobs"][1:], 0) for row in chosen])  # of the token after t
-        advantages = np.concatenate([np.full(len(row["ids"]), row["advantage"]) for row in chosen])
-        sequence_ids = np.concatenate([np.full(len(row["ids"]), i) for i, row in enumerate(chosen)])
-    else:
-        shifted, advantages, sequence_ids = np.zeros(1), np.zeros(1), np.zeros(1)
-    batch["rollout_logprobs"] = torch.from_numpy(shifted.astype(np.float32)).to(device)
-    batch["advantages"] = torch.from_numpy(advantages.astype(np.float32)).to(device)
-    batch["sequence_ids"] = torch.from_numpy(sequence_ids.astype(np.int64)).to(device)
-    return batch
-
-
-MODEL_INPUTS = ("input_ids", "position_ids", "cu_seqlens", "targets")
-
-
-def policy_logprobs(model, batch, cfg):
-    """(logprobs, entropy), both (T,), of a micro-batch, at the temperature that sampled it."""
-    temperature = cfg.temperature if cfg.temperature_in_logprobs else 1.0
-    return model(**{name: batch[name] for name in MODEL_INPUTS}, temperature=temperature)
-
-
-def sync_folder(cfg):
-    """This run's folder below --sync_dir; named after output_dir, so that a resumed run finds it."""
-    return Path(cfg.sync_dir, "grpo-" + Path(cfg.output_dir).resolve().as_posix().strip("/").replace("/", "-"))
-
-
-@contextmanager
-def weights_handed_over(cfg, ctx):
-    """
-    A run's versions leave --sync_dir when it ends: on /dev/shm they are memory, 28 GB of it for 14B.
-
-    Those of a run that was killed leave before the next one needs the room.
-    """
-    def remove():
-        if ctx.local_rank == 0:
-            shutil.rmtree(sync_folder(cfg), ignore_errors=True)
-
-    with policy_lib.raise_on_all_ranks(ctx, "removing a killed run's weights"):
-        remove()
-    try:
-        yield
-    finally:
-        remove()
-
-
-def publish(model, engine, ctx, probe_ids, previous, version, cfg):
-    """
-    Hand the weights to every engine and prove that they arrived; collective. Nobody may sample before this returns.
-
-    previous: what the last call returned, or None. Returns a dict: fingerprint, engine_probe, seconds, gap.
-    Raises rollout.StaleWeightsError (through RankFailure, on all ranks) with both numbers.
-    """
-    started = time.perf_counter()
-    dtype = torch.float32 if ctx.device.type == "cpu" else torch.bfloat16  # what the engine computes in
-    folder, fingerprint = rollout_lib.publish_weights(model, str(sync_folder(cfg)), version, dtype, ctx)
-    probe = data.collate([(np.array(probe_ids), np.ones(len(probe_ids)))], ctx.device)
-    with torch.no_grad():
-        trainer_probe = model(**{name: probe[name] for name in MODEL_INPUTS})[0][:-1].tolist()
-    engine_probe, gap = None, 0.0
-    with policy_lib.raise_on_all_ranks(ctx, f"weight sync {version}"):
-        if engine is not None:
-            engine.load_weights(folder, version)
-            engine_probe = engine.score(probe_ids)
-            tolerance = cfg.probe_tolerance or rollout_lib.PROBE_TOLERANCE[str(dtype).removeprefix("torch.")]
-            changed = previous is not None and previous["fingerprint"] != fingerprint
-            gap = rollout_lib.check_probe(engine_probe, trainer_probe, previous and previous["engine_probe"],
-                                          changed, tolerance)
-    with policy_lib.raise_on_all_ranks(ctx, "removing old weights"):  # every engine has acknowledged
-        if ctx.local_rank == 0:
-            rollout_lib.remove_old_versions(folder)
-    gap = policy_lib.max_over_ranks(ctx, gap)
-    return {"fingerprint": fingerprint, "engine_probe": engine_probe,
-            "seconds": time.perf_counter() - started, "gap": gap}
-
-
-def mismatch(logprobs, rollout_logprobs, mask):
-    """[sum |gap|, tokens off by over 10%, tokens] and the largest |gap| of trainer and sampler on one micro-batch."""
-    gap = ((logprobs - rollout_logprobs) * (mask > 0)).abs()
-    return [float(gap.sum()), float((gap > math.log(1.1)).sum()), float((mask > 0).sum())], float(gap.max())
-
-
-def write_rollouts(path, step, groups, advantages, version):
-    """Every completion of a step, one JSON object per line: what a changed grader needs to score the run again."""
-    lines = []
-    for p, group in enumerate(groups):
-        scored = group["scored"]
-        for s, (completion, text) in enumerate(zip(group["completions"], group["texts"], strict=True)):
-            lines.append(json.dumps({
-                "step": step, "row": group["problem"].row, "prompt_index": p, "sample_index": s,
-                "problem": group["problem"].problem, "answer": group["problem"].answer, "text": text,
-                "token_ids": completion.token_ids, "length": len(completion.token_ids),
-                "finish_reason": completion.finish_reason, "correct": scored.correct[s], "outcome": scored.outcomes[s],
-                "rewards": {name: values[s] for name, values in scored.parts.items()}, "reward": scored.totals[s],
-                "advantage": float(advantages[p, s]), "version": version}))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    policy_lib.write_atomically(path, "\n".join(lines) + "\n")
-
-
-class Timer:
-    """Seconds per phase: with timer("update"): ...   A reader of metrics.jsonl sees where a step's time went."""
-
-    def __init__(self):
-        self.seconds = Counter()
-
-    @contextmanager
-    def __call__(self, phase):
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - started
-
-
+# --------------------------------------------------------------------------------------------------
+# The run
+# --------------------------------------------------------------------------------------------------
 def main(cfg):
     check_config(cfg)
-    ctx = policy_lib.setup_distributed(cfg.timeout_minutes, cfg.shard_size)
-    policy_lib.start_heartbeat(ctx, cfg.heartbeat_timeout)
-    layout = rollout_lib.engine_layout(ctx.rank, ctx.local_rank, ctx.world_size, ctx.local_world_size,
-                                       cfg.tensor_parallel_size)
+    ctx = setup_distributed(cfg.timeout_minutes, cfg.shard_size)
+    layout = engine_layout(ctx.rank, ctx.local_rank, ctx.world_size, ctx.local_world_size,
+                           cfg.tensor_parallel_size)
     output_dir = Path(cfg.output_dir)
-    longest = longest_sequence(cfg)
-    max_tokens = cfg.max_tokens_per_microbatch or longest
 
-    # ---------------------------------------------------------------------------------- problems and plan
-    folder = policy_lib.model_folder(cfg.model_name_or_path, ctx, weights=not cfg.dry_run)
-    model_config = policy_lib.load_config(folder)
-    tokenizer = policy_lib.load_tokenizer(folder)
-    data.set_chat_template(tokenizer, cfg.chat_template)
-    with policy_lib.raise_on_all_ranks(ctx, f"reading {cfg.dataset}"):
-        problems, dropped = load_problems(cfg.dataset, cfg.dataset_split, tokenizer, cfg)
-        if cfg.train_fraction < 1:
-            problems = random.Random(2025).sample(problems, max(1, round(cfg.train_fraction * len(problems))))
-        readable = replace(cfg, bad_gold_reward=None)  # nobody answers an unreadable one right
-        eval_problems = (load_problems(cfg.eval_dataset, cfg.eval_split, tokenizer, readable)[0]
-                         if cfg.eval_dataset else [])
-    with policy_lib.raise_on_all_ranks(ctx, "comparing the problems with the benchmarks"):
-        if ctx.is_main:
-            data.warn_of_contamination(cfg.dataset, cfg.benchmark_dir, cfg.dataset_split, cfg.problem_column)
-    epoch_steps = max(1, math.ceil(cfg.num_train_epochs * len(problems) / cfg.num_prompts_per_step))
+    # --------------------------------------------------------------------------- problems and plan
+    folder = model_folder(cfg.model_name_or_path, ctx, weights=not cfg.dry_run)
+    model_config = load_config(folder)
+    tokenizer = load_tokenizer(folder)
+    set_chat_template(tokenizer, cfg.chat_template)
+    longest = cfg.max_prompt_length + cfg.max_completion_length
+    check_lengths(tokenizer, model_config, longest)
+    train = read_problems(cfg.dataset, tokenizer, cfg, ctx)
+    held_out = read_problems(cfg.eval_dataset, tokenizer, cfg, ctx) if cfg.eval_dataset else None
+    problems = train.problems
+
+    steps_per_epoch = len(problems) / cfg.num_prompts_per_step
+    epoch_steps = max(1, math.ceil(cfg.num_train_epochs * steps_per_epoch))
     total_steps = cfg.max_steps if cfg.max_steps > 0 else epoch_steps
-    cfg.lr_horizon = horizon = policy_lib.schedule_horizon(cfg, total_steps)
+    cfg.lr_horizon = schedule_horizon(cfg, total_steps)
+    max_tokens = cfg.max_tokens_per_microbatch or longest
     if ctx.is_main:
-        memory = policy_lib.estimated_memory_gb(model_config, ctx, max_tokens, cfg.activation_checkpointing,
-                                                cfg.head_chunk_size, cfg.beta > 0)
-        print(f"""\
-problems   {cfg.dataset}: {len(problems):,} kept; dropped: {', '.join(f'{n} {r}' for r, n in dropped.items()) or 'none'}
-step       {cfg.num_prompts_per_step} prompts x {cfg.num_generations} answers \
-= {cfg.num_prompts_per_step * cfg.num_generations}, {cfg.num_iterations} optimizer step(s) each
-plan       {len(problems) / cfg.num_prompts_per_step:.1f} steps per epoch, {total_steps} steps in all, \
-schedule ends at step {horizon}
-lengths    prompt <= {cfg.max_prompt_length:,}, answer <= {cfg.max_completion_length:,}, together <= {longest:,}; \
-micro-batches of {max_tokens:,} tokens
-sampling   temperature {cfg.temperature}, top_p {cfg.top_p}, min_p {cfg.min_p}\
-{sampling_bias_note(cfg)}
-rewards    {cfg.reward_funcs} (weights {cfg.reward_weights or 'all 1'})
-engines    {layout.count} x {cfg.tensor_parallel_size} rank(s); weights through {cfg.sync_dir}
-memory     about {memory:.1f} GB per rank for the trainer (estimate), vLLM beside it
-output     {output_dir}""", flush=True)
+        print_plan(cfg, train, steps_per_epoch, total_steps, max_tokens, layout)
     if cfg.dry_run:
+        if ctx.is_main:
+            print_memory(cfg, model_config, ctx, max_tokens)
         return
 
-    # ---------------------------------------------------------------------------------- engines, model, optimizer
-    run = policy_lib.open_run(ctx, cfg, FREE_TO_CHANGE, {"data": data.source_hash(cfg.dataset, cfg.dataset_split)})
-    engine = None
-    if layout.owns_engine:  # starts in the background, while the model loads
-        engine = rollout_lib.Engine(
-            str(folder), max_model_len=longest + 1, dtype="float32" if ctx.device.type == "cpu" else "bfloat16",
-            tensor_parallel_size=cfg.tensor_parallel_size,
-            devices=layout.devices if ctx.device.type == "cuda" else None,
-            gpu_memory_utilization=cfg.gpu_memory_utilization, kv_cache_gb=cfg.kv_cache_gb or None,
-            max_num_seqs=cfg.max_num_seqs, enforce_eager=cfg.enforce_eager, seed=cfg.seed,
-            log_file=str(output_dir / f"engine-{layout.index}.log"), start_timeout=cfg.engine_start_timeout,
-            stall_timeout=cfg.engine_stall_timeout, max_restarts=cfg.max_engine_restarts, sleep_mode=cfg.vllm_sleep)
-    if ctx.device.type == "cuda":
-        # vLLM sizes its KV cache by the memory that is free: it must have done so before the trainer takes its own.
-        with policy_lib.raise_on_all_ranks(ctx, "starting the engines"):
-            if engine is not None:
-                engine.score(problems[0].prompt_ids)
+    # --------------------------------------------------------------------------- engines and model
+    run = open_run(ctx, cfg, {"model": folder_hash(folder), "data": train.content_hash,
+                              "prompts per step": cfg.num_prompts_per_step})
+    engine = start_engine(cfg, ctx, layout, folder, tokenizer, problems[0].prompt_ids)
     torch.manual_seed(cfg.seed)
-    model = policy_lib.load_policy(
-        folder, ctx, activation_checkpointing=cfg.activation_checkpointing, compile_blocks=cfg.compile,
-        head_chunk_size=cfg.head_chunk_size)
-    reference = (policy_lib.load_policy(folder, ctx, trainable=False, head_chunk_size=cfg.head_chunk_size)
-                 if cfg.beta else None)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2),
-                                  eps=1e-8, weight_decay=cfg.weight_decay, fused=True)
-    scheduler = policy_lib.make_schedule(cfg, optimizer, horizon)
-    step, cursor = 0, 0
+    model = load_policy(folder, ctx, activation_checkpointing=cfg.activation_checkpointing,
+                        compile_blocks=cfg.compile)
+    reference = load_policy(folder, ctx, trainable=False) if cfg.beta else None
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2),
+        weight_decay=cfg.weight_decay, fused=True)
+    scheduler = make_schedule(cfg, optimizer, cfg.lr_horizon)
+    step, cursor, steps_off = 0, 0, 0
     if run.checkpoint:
-        trainer_state = policy_lib.load_checkpoint(model, optimizer, scheduler, ctx, run.checkpoint)
-        step, cursor = trainer_state["step"], trainer_state["cursor"]
-    if run.checkpoint and policy_lib.nothing_left_to_train(output_dir, run.checkpoint, step, total_steps):
-        raise ValueError(f"nothing to do: {run.checkpoint} has reached step {step} of {total_steps}; "
-                         "to go on raise --max_steps, and --lr_horizon with it (a longer schedule needs --force)")
-    log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, step, cfg.report_to, cfg.logging_steps)
-    keep_steps = [int(s) for s in cfg.keep_steps.split(",") if s]
-    probe_ids = [token for problem in problems[:64] for token in problem.prompt_ids][:min(256, longest)]
+        state = load_checkpoint(model, optimizer, scheduler, ctx, run.checkpoint)
+        step, cursor = state["step"], state["cursor"]
+        if nothing_left_to_train(output_dir, run.checkpoint, step, total_steps):
+            raise ValueError(f"nothing to do: {run.checkpoint} has reached step {step} of "
+                             f"{total_steps}; to go on raise --max_steps")
+    log = RunLog(ctx, output_dir, asdict(cfg), total_steps, step, cfg.report_to)
+    sample = partial(sample_groups, engine, layout, ctx, tokenizer)
+    sync_folder = clean_sync_folder(cfg.sync_dir, output_dir, ctx)
 
-    with weights_handed_over(cfg, ctx), policy_lib.stop_on_signal(ctx) as stop_requested:
-        # engines may hold other weights than a resumed run
-        sync = publish(model, engine, ctx, probe_ids, None, step, cfg)
+    with sync_folder as published, stop_on_signal(ctx) as stop_requested:
+        # After --resume the engines still hold the starting weights.
+        probe = make_probe(problems, longest, ctx, cfg)
+        probe = sync_weights(model, engine, ctx, published, step, probe)
         while step < total_steps:
-            ctx.doing = f"in step {step + 1}"
-            timer, started = Timer(), time.perf_counter()
+            wait_for_all_ranks(ctx)
+            started, times = time.perf_counter(), {}
 
-            # ========================================================================== 1.-3. prompts, rollout, rewards
-            groups, replaced, wanted = [], 0, cfg.num_prompts_per_step
-            with timer("rollout"):
-                for attempt in range(cfg.dynamic_sampling_rounds + 1):
-                    chosen = prompts_at(len(problems), cursor, wanted - len(groups), cfg.seed)
-                    fresh = sample_groups(engine, layout, ctx, problems, chosen, step, cursor, cfg, tokenizer, timer)
-                    cursor += len(chosen)
-                    # A group of equal rewards has advantage 0 everywhere: with dynamic sampling (DAPO,
-                    # arXiv 2503.14476) fresh prompts take its place, until the rounds are used up.
-                    last = attempt == cfg.dynamic_sampling_rounds
-                    useful = [g for g in fresh if last or not has_equal_rewards(g["scored"])]
-                    replaced += len(fresh) - len(useful)
-                    groups += useful
-                    if len(groups) == wanted:
-                        break
-            reward_lib.rescore_length_over_batch([g["scored"] for g in groups], cfg)  # only --length_scope local_batch
+            # ====================================================== 1.-3. prompts, rollout, rewards
+            first_cursor = cursor
+            with timed(times, "rollout"):
+                groups, cursor = collect_groups(sample, problems, cursor, step, cfg)
             if cfg.vllm_sleep:
-                with policy_lib.raise_on_all_ranks(ctx, "putting the engines to sleep"):
+                with raise_on_all_ranks(ctx, "putting the engines to sleep"):
                     if engine is not None:
                         engine.sleep()
 
-            # ========================================================================== 4. advantages
-            rewards = torch.tensor([g["scored"].totals for g in groups], dtype=torch.float64)  # (P, G)
-            advantages = group_advantages(rewards, cfg.scale_rewards)  # (P, G)
-            completions = [c for g in groups for c in g["completions"]]  # B of them
+            # ====================================================== 4. advantages
+            rewards = torch.tensor([g.scored.totals for g in groups], dtype=torch.float64)  # (P, G)
+            advantages = group_advantages(rewards, cfg.scale_rewards).flatten()  # (B,)
+            completions = [c for g in groups for c in g.completions]  # B of them
             lengths = [len(c.token_ids) for c in completions]
-            truncated = [c.finish_reason == "length" for c in completions]
-            counted = [not (cfg.mask_truncated_completions and cut) and not math.isnan(r)
-                       for cut, r in zip(truncated, rewards.flatten().tolist(), strict=True)]
-            weights, denominator = loss_weights(cfg.loss_type, lengths, counted, cfg.max_completion_length)
-            rows = token_rows(groups, advantages.flatten(), weights)
-            mine = micro_batches(rows, model_config, ctx.world_size, max_tokens)[ctx.rank]
-            batches = [collate_rows(rows, members, ctx.device) for members in mine]
+            has_loss = ~rewards.isnan().flatten()  # (B,)
+            if cfg.mask_truncated_completions:
+                has_loss &= torch.tensor([c.finish_reason != "length" for c in completions])
+            token_weights, denominator = loss_weights(
+                cfg.loss_type, lengths, has_loss.tolist(), cfg.max_completion_length)  # [m_i], N
 
-            # ========================================================================== 5. reference log-probs
-            ref_logprobs = [None] * len(batches)
+            # Micro-batches of equal cost, because in each of them all ranks wait for the slowest.
+            rows = token_rows(groups, advantages, token_weights)
+            sizes = [len(row["ids"]) for row in rows]
+            costs = [flops_per_pack(model_config, [size]) for size in sizes]
+            mine = micro_batches(sizes, costs, ctx.world_size, max_tokens)[ctx.rank]
+            batches = [collate([rows[i] for i in numbers], ctx.device, COLUMNS) for numbers in mine]
+
+            # ====================================================== 5. reference
             if reference is not None:
-                with timer("reference"), torch.no_grad():
-                    ref_logprobs = [policy_logprobs(reference, batch, cfg)[0] for batch in batches]  # [(T,)]
+                with timed(times, "reference"), torch.no_grad():
+                    for batch in batches:
+                        batch["ref_logprobs"], _ = policy_logprobs(reference, batch, cfg)
 
-            # ========================================================================== 6. update
-            old_logprobs = [None] * len(batches)
-            totals, gap_sums, largest_gap, loss, entropy_sum = Counter(), np.zeros(3), 0.0, 0.0, 0.0
-            with timer("update"):
+            # ====================================================== 6. update
+            with timed(times, "update"):
                 for _ in range(cfg.num_iterations):
-                    iteration_loss = 0.0
-                    for i, batch in enumerate(batches):
+                    sums = Counter()  # of this pass over the batch; the last pass is logged
+                    for batch in batches:
                         logprobs, entropy = policy_logprobs(model, batch, cfg)  # (T,), (T,)
-                        if old_logprobs[i] is None:
-                            # First pass after the rollout: the policy that sampled is this one, so ratio = 1 and no
-                            # extra forward is needed; kept for the iterations that follow.
-                            old_logprobs[i] = logprobs.detach()
-                            sums, biggest = mismatch(old_logprobs[i], batch["rollout_logprobs"], batch["mask"])
-                            gap_sums, largest_gap = gap_sums + sums, max(largest_gap, biggest)
-                            entropy_sum += float((entropy * (batch["mask"] > 0)).sum())
-                        micro_loss, sums = grpo_loss(
-                            logprobs, old_logprobs[i], ref_logprobs[i], batch["advantages"], batch["mask"], denominator,
-                            cfg.epsilon, cfg.epsilon_high, cfg.beta, cfg.importance_sampling_level,
-                            batch["rollout_logprobs"], cfg.rollout_is_cap, batch["sequence_ids"])
-                        micro_loss.backward()  # summed over micro-batches and over ranks
-                        iteration_loss += float(micro_loss.detach())
-                        totals.update(sums)
-                    (loss,) = policy_lib.sum_over_ranks(ctx, iteration_loss)
-                    grad_norm = policy_lib.clip_gradients(model, cfg.max_grad_norm)
-                    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                        # In the first pass the policy is the one that sampled: its log-probs are
+                        # the old ones, and no forward of their own is needed.
+                        batch.setdefault("old_logprobs", logprobs.detach())
+                        batch.setdefault("entropy", entropy)
+                        loss, batch_sums = grpo_loss(logprobs, batch, denominator, cfg)
+                        loss.backward()  # gradients add up over micro-batches and over ranks
+                        sums.update(batch_sums)  # a Counter adds
+                    sums = sum_over_ranks(ctx, sums)
+                    grad_norm = clip_gradients(model, cfg.max_grad_norm)
+                    if not math.isfinite(sums["loss"] + grad_norm):
                         raise FloatingPointError(
-                            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}. Problems of this step: rows "
-                            f"{[g['problem'].row for g in groups]}. "
-                            f"Last good checkpoint: {policy_lib.last_checkpoint(output_dir)}")
+                            f"step {step + 1}: loss {sums['loss']}, gradient norm {grad_norm}; "
+                            f"rows {[g.problem.row for g in groups]}. This update was not made; "
+                            f"last checkpoint: {last_checkpoint(output_dir)}")
                     learning_rate = scheduler.get_last_lr()[0]
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
             scheduler.step()
-            version, step = step, step + 1
+            step += 1
 
-            # ========================================================================== 7. publish
-            with timer("sync"):
-                sync = publish(model, engine, ctx, probe_ids, sync, step, cfg)
+            # ====================================================== 7. publish
+            with timed(times, "sync"):
+                probe = sync_weights(model, engine, ctx, published, step, probe)
 
-            # ========================================================================== 8. log, evaluate, save
-            metrics = {"step": step, "epoch": cursor / len(problems), "loss": loss, "lr": learning_rate,
-                       "grad_norm": grad_norm, **rollout_metrics(groups, lengths, truncated, rewards),
-                       "dynamic_sampling/replaced": replaced}
-            names = ("clip_low", "clip_high", "ratio", "kl")
-            reduced = policy_lib.sum_over_ranks(ctx, totals["tokens"], *(totals[name] for name in names),
-                                                *gap_sums, entropy_sum)
-            tokens, sampled = max(1.0, reduced[0]), max(1.0, reduced[7])
-            metrics |= {f"update/{name}": value / tokens for name, value in zip(names, reduced[1:5], strict=True)}
-            metrics |= {"rollout/logprob_gap": reduced[5] / sampled, "rollout/off_by_10_percent": reduced[6] / sampled,
-                        "rollout/logprob_gap_max": policy_lib.max_over_ranks(ctx, largest_gap),
-                        "update/entropy": reduced[8] / sampled,
-                        "sync/seconds": sync["seconds"], "sync/logprob_gap": sync["gap"],
-                        "rollout/engine_restarts": policy_lib.sum_over_ranks(ctx, engine.restarts if engine else 0)[0]}
-            flops = policy_lib.flops_per_pack(model_config, [len(row["ids"]) for row in rows])
-            update_flops = cfg.num_iterations * flops / ctx.world_size
-            seconds = time.perf_counter() - started
-            peak = policy_lib.peak_flops(ctx.device)
-            metrics |= {"tokens": sum(lengths), "tokens_per_second": sum(lengths) / seconds,
-                        "rollout/tokens_per_second": sum(lengths) / timer.seconds["rollout"],
-                        "mfu": update_flops / timer.seconds["update"] / peak if peak else None,
-                        "peak_memory_gb": policy_lib.max_over_ranks(ctx, policy_lib.peak_memory_gb(ctx.device)),
-                        "time/step": seconds}
-            if eval_problems and (step % cfg.eval_steps == 0 or step == total_steps):
-                with timer("eval"):
-                    metrics |= evaluate(engine, layout, ctx, eval_problems, cfg, tokenizer)
-            metrics |= {f"time/{phase}": value for phase, value in timer.seconds.items()}
-            if ctx.is_main:
-                write_rollouts(output_dir / "rollouts" / f"step-{step:06d}.jsonl", step, groups, advantages, version)
-            log.write(metrics, f"step {step}/{total_steps}  reward {metrics['reward/total']:.3f}  "
-                      f"correct {metrics['completions/correct']:.2f}  "
-                      f"length {metrics['completions/mean_length']:.0f}  cut {metrics['completions/truncated']:.0%}  "
-                      f"loss {loss:+.4f}  kl {metrics['update/kl']:.4f}  grad {grad_norm:.2f}  | {seconds:.1f} s: " +
-                      ", ".join(f"{phase} {value:.1f}" for phase, value in timer.seconds.items()
-                                if phase not in ("rewards", "rollout_wait")) +  # both are parts of the rollout
-                      (f"  | eval accuracy {metrics['eval/pass@1']:.3f}" if "eval/pass@1" in metrics else "") +
-                      ("" if any(weights) else "  | NOTHING TRAINED: every answer is masked or has no reward"))
+            # ====================================================== 8. log, evaluate, save
+            metrics = {"step": step, "epoch": cursor / len(problems), "loss": sums["loss"],
+                       "lr": learning_rate, "grad_norm": grad_norm,
+                       "sync/seconds": probe["seconds"], "sync/logprob_gap": probe["gap"],
+                       "dynamic_sampling/replaced": cursor - first_cursor - len(groups)}
+            metrics |= rollout_metrics(groups, lengths, rewards)
+            metrics |= update_metrics(sums, batches, ctx, cfg)
+            times["time/step"] = time.perf_counter() - started
+            flops = sum(costs) * cfg.num_iterations / ctx.world_size
+            metrics |= cost_metrics(times, lengths, flops, engine, ctx)
+            if held_out and (step % cfg.eval_steps == 0 or step == total_steps):
+                with timed(times, "eval"):
+                    metrics |= evaluate(sample, held_out.problems, cfg)
+            metrics |= times
+            write_rollouts(output_dir, step, groups, advantages, token_weights,
+                           answer_tokens(ctx, batches, mine, lengths), ctx)
+            log.write(metrics, log_line(metrics, total_steps, any(token_weights)))
+            steps_off = check_step(metrics, steps_off, probe["tolerance"], ctx)
             stopping = stop_requested()
-            if stopping or step == total_steps or (cfg.save_steps and step % cfg.save_steps == 0) or step in keep_steps:
-                policy_lib.save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step,
-                                           {"cursor": cursor, "config": asdict(cfg), **run.identity},
-                                           cfg.save_total_limit, keep_steps)
+            due = cfg.save_steps and step % cfg.save_steps == 0
+            if due or stopping or step == total_steps:
+                save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step,
+                                {"cursor": cursor}, cfg.save_total_limit)
             if stopping and step < total_steps:
                 log.close()
-                raise policy_lib.Stopped(f"stopped by a signal after step {step} of {total_steps}; "
-                                         "continue with --resume")
+                raise Stopped(f"stopped by a signal after step {step} of {total_steps}; "
+                              "continue with --resume")
 
-    policy_lib.save_hf(model, output_dir / "final", ctx, policy_lib.DTYPES[cfg.save_dtype], tokenizer,
-                       policy_lib.generation_config(folder, data.stop_token_id(tokenizer)))
+    save_hf(model, output_dir / "final", ctx, ctx.compute_dtype, tokenizer,
+            generation_config(folder, stop_token_id(tokenizer)))
     log.close()
     if engine is not None:
         engine.close()
     if ctx.is_main:
         print(f"done: {total_steps} steps; model in {output_dir / 'final'}", flush=True)
-    policy_lib.shutdown_distributed(ctx)
+    shutdown_distributed(ctx)
 
 
-def sampling_bias_note(cfg):
-    """What truncated sampling does to the gradient, said at start-up."""
-    if cfg.top_p == 1 and cfg.min_p == 0:
-        return ""
-    corrected = (f"corrected by importance weights up to {cfg.rollout_is_cap}" if cfg.rollout_is_cap
-                 else "NOT corrected (--rollout_is_cap 0)")
-    return f" -- top_p < 1 or min_p > 0: samples come from a cut-off distribution; {corrected}"
+# --------------------------------------------------------------------------------------------------
+# Phases 1 to 6: what needs more than a line
+# --------------------------------------------------------------------------------------------------
+@dataclass
+class Group:
+    """The G answers to one problem, in sample order."""
+
+    problem: object  # data.Problem
+    completions: list  # rollout.Completion
+    texts: list
+    scored: object  # rewards.RewardedGroup
+    scoring_seconds: float
+
+
+def collect_groups(sample, problems, cursor, step, cfg):
+    """
+    P scored groups for one step, and the cursor after the prompts they took.
+
+    With dynamic sampling (DAPO, arXiv 2503.14476) a group of equal rewards, whose advantages are
+    all 0, gives its place to a fresh prompt, for a few rounds.
+    """
+    groups = []
+    for rounds_left in range(cfg.dynamic_sampling_rounds, -1, -1):
+        places = range(cursor, cursor + cfg.num_prompts_per_step - len(groups))
+        fresh = sample(cfg, prompts_at(problems, places, cfg.seed), places, step)
+        cursor = places.stop
+        groups += [g for g in fresh if rounds_left == 0 or not has_equal_rewards(g.scored)]
+        if len(groups) == cfg.num_prompts_per_step:
+            break
+    return groups, cursor
+
+
+def prompts_at(problems, places, seed):
+    """
+    The problems at some places of the endless sequence of epochs, each shuffled by (seed, epoch).
+
+    The place alone decides, so that a resume repeats nothing and skips nothing.
+    """
+    chosen = []
+    for place in places:
+        epoch, offset = divmod(place, len(problems))
+        chosen.append(problems[epoch_order(len(problems), epoch, seed)[offset]])
+    return chosen
+
+
+@lru_cache(maxsize=2)
+def epoch_order(count, epoch, seed):
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def sample_groups(engine, layout, ctx, tokenizer, cfg, problems, places, step):
+    """
+    One scored Group per problem, on every rank; each engine takes every count-th problem.
+
+    A sample's seed is made of (seed, step, place of the prompt in the data, sample): a problem that
+    occurs twice in a step gets different answers, and a restarted engine draws the same ones again.
+    """
+    mine = {}
+    with raise_on_all_ranks(ctx, "sampling answers"):
+        if engine is not None:
+            numbers = range(layout.index, len(problems), layout.count)
+            samples = range(cfg.num_generations)
+            stream = engine.generate(
+                [problems[i].prompt_ids for i in numbers], n=cfg.num_generations,
+                seeds=[[sampling_seed(cfg.seed, step, places[i], s) for s in samples]
+                       for i in numbers],
+                temperature=cfg.temperature, top_p=cfg.top_p, min_p=cfg.min_p,
+                max_tokens=cfg.max_completion_length)
+            for index, completions in stream:  # scored while the engine samples the other groups
+                number = numbers[index]
+                mine[number] = score_group(problems[number], completions, cfg, tokenizer)
+    groups = {i: group for part in gather_objects(ctx, mine) for i, group in part.items()}
+    return [groups[i] for i in range(len(problems))]
+
+
+def score_group(problem, completions, cfg, tokenizer):
+    """Decode and score one group; rewards.py sees texts and lengths, never token ids."""
+    started = time.perf_counter()
+    texts = [completion_text(tokenizer, c) for c in completions]
+    scored = rewards_for_group(
+        texts, problem.answers[0], cfg, lengths=[len(c.token_ids) for c in completions],
+        truncated=[c.finish_reason == "length" for c in completions])
+    return Group(problem, completions, texts, scored, time.perf_counter() - started)
 
 
 def has_equal_rewards(scored):
-    """Whether a group teaches nothing: every reward is the same, or missing (nan, which equals nothing, itself too)."""
+    """Whether a group teaches nothing: all its rewards are the same, or missing (nan)."""
     return len({total for total in scored.totals if not math.isnan(total)}) <= 1
 
 
-def rollout_metrics(groups, lengths, truncated, rewards):
-    """Means over the B answers of a step."""
-    scored = [g["scored"] for g in groups]
+def token_rows(groups, advantages, token_weights):
+    """
+    One row per answer: ids (S,) of prompt + completion, and an array (S,) for each of COLUMNS.
+
+    Each value is at its own token (data.collate shifts them) and 0 on the prompt: mask m_i,
+    advantages A_i, rollout_logprobs log q. The stop token is trained, too: it was sampled.
+    """
+    rows = []
+    answers = [(g.problem.prompt_ids, c) for g in groups for c in g.completions]
+    for i, (prompt_ids, completion) in enumerate(answers):
+        prompt = np.zeros(len(prompt_ids))
+        ones = np.ones(len(completion.token_ids))
+        rows.append({
+            "ids": np.array([*prompt_ids, *completion.token_ids]),
+            "mask": np.append(prompt, token_weights[i] * ones),
+            "advantages": np.append(prompt, float(advantages[i]) * ones),
+            "rollout_logprobs": np.append(prompt, completion.logprobs),
+        })
+    return rows
+
+
+def policy_logprobs(model, batch, cfg):
+    """(logprobs, entropy), both (T,), of a micro-batch, at the temperature that sampled it."""
+    return model(**{name: batch[name] for name in MODEL_INPUTS}, temperature=cfg.temperature)
+
+
+def make_probe(problems, longest, ctx, cfg):
+    """The text that both sides score after every weight sync: the first prompts, end to end."""
+    token_ids = [token for problem in problems[:64] for token in problem.prompt_ids]
+    token_ids = token_ids[:min(256, longest)]
+    row = {"ids": np.array(token_ids), "mask": np.ones(len(token_ids))}
+    return {"token_ids": token_ids, "batch": collate([row], ctx.device),
+            "tolerance": cfg.probe_tolerance or PROBE_TOLERANCE[dtype_name(ctx)]}
+
+
+# --------------------------------------------------------------------------------------------------
+# Set-up
+# --------------------------------------------------------------------------------------------------
+def read_problems(dataset, tokenizer, cfg, ctx):
+    """The problems of a data set with readable gold answers and prompts that are not too long."""
+    with raise_on_all_ranks(ctx, f"reading {dataset}"):
+        return load_problems(
+            dataset, tokenizer, gold_answer, system_prompt_text(cfg.system_prompt),
+            cfg.max_prompt_length, cfg.problem_column, cfg.answer_column)
+
+
+def dtype_name(ctx):
+    return str(ctx.compute_dtype).removeprefix("torch.")
+
+
+def start_engine(cfg, ctx, layout, folder, tokenizer, prompt_ids):
+    """This rank's engine, or None where a neighbour owns it; it starts while the model loads."""
+    engine = None
+    if layout.owns_engine:
+        engine = Engine(
+            folder, max_model_len=cfg.max_prompt_length + cfg.max_completion_length + 1,
+            dtype=dtype_name(ctx), vocab_size=len(tokenizer), request_timeout=cfg.request_timeout,
+            tensor_parallel_size=cfg.tensor_parallel_size,
+            devices=layout.devices if ctx.device.type == "cuda" else None,
+            gpu_memory_utilization=cfg.gpu_memory_utilization, max_num_seqs=cfg.max_num_seqs,
+            enforce_eager=cfg.enforce_eager, seed=cfg.seed, sleep_mode=cfg.vllm_sleep,
+            log_file=Path(cfg.output_dir, f"engine-{layout.index}.log"))
+    if ctx.device.type == "cuda":
+        # vLLM sizes its KV cache by the memory that is free: it must be up before the trainer.
+        with raise_on_all_ranks(ctx, "starting the engines"):
+            if engine is not None:
+                engine.score(prompt_ids)
+    return engine
+
+
+def print_memory(cfg, model_config, ctx, max_tokens):
+    """Peak memory of a step, traced without a GPU. Two full micro-batches show the peak."""
+    parts = trace_memory(
+        model_config, cfg.ranks or ctx.world_size, [max_tokens, max_tokens],
+        activation_checkpointing=cfg.activation_checkpointing, shard_size=cfg.shard_size,
+        reference=cfg.beta > 0, temperature=cfg.temperature)
+    awake = 0.0 if cfg.vllm_sleep else cfg.gpu_memory_utilization
+    print(f"memory     {describe_memory(parts, awake)}", flush=True)
+
+
+def print_plan(cfg, train, steps_per_epoch, total_steps, max_tokens, layout):
+    """What the run is going to do, before anything expensive starts."""
+    answers = cfg.num_prompts_per_step * cfg.num_generations
+    print(f"""\
+problems   {cfg.dataset}: {train.summary()}
+step       {cfg.num_prompts_per_step} prompts x {cfg.num_generations} answers = {answers}, \
+{cfg.num_iterations} update(s)
+plan       {steps_per_epoch:.1f} steps per epoch, {total_steps} in all, \
+schedule ends at step {cfg.lr_horizon}
+lengths    prompt <= {cfg.max_prompt_length:,}, answer <= {cfg.max_completion_length:,}; \
+micro-batches of {max_tokens:,} tokens
+sampling   temperature {cfg.temperature}, top_p {cfg.top_p}, min_p {cfg.min_p}; \
+sampler against trainer: weights up to {cfg.rollout_is_cap} (0: not corrected)
+rewards    {cfg.reward_funcs} (weights {cfg.reward_weights or 'all 1'})
+engines    {layout.count} x {cfg.tensor_parallel_size} rank(s); weights through {cfg.sync_dir}
+output     {cfg.output_dir}""", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Phase 8: log, evaluate
+# --------------------------------------------------------------------------------------------------
+@contextmanager
+def timed(times, phase):
+    """Set times["time/PHASE"] to the seconds that a block takes."""
+    started = time.perf_counter()
+    yield
+    times[f"time/{phase}"] = time.perf_counter() - started
+
+
+def rollout_metrics(groups, lengths, rewards):
+    """Means over the B answers of a step; rewards (P, G)."""
+    scored = [g.scored for g in groups]
     outcomes = Counter(outcome for s in scored for outcome in s.outcomes)
-    parts = {f"reward/{name}": float(np.nanmean([s.parts[name] for s in scored])) for name in scored[0].parts}
+    truncated = [c.finish_reason == "length" for g in groups for c in g.completions]
+    parts = {name: np.nanmean([s.parts[name] for s in scored]) for name in scored[0].parts}
+    failures = ("no_answer", "timeout", "crash", "no_verdict")
     return {
-        **parts, "reward/total": float(rewards.nanmean()), "reward/std_within_group": float(rewards.std(1).nanmean()),
+        **{f"reward/{name}": float(mean) for name, mean in parts.items()},
+        "reward/total": float(rewards.nanmean()),
+        "reward/std_within_group": float(rewards.std(1).nanmean()),
         "reward/groups_of_equal_rewards": sum(map(has_equal_rewards, scored)) / len(scored),
-        "completions/mean_length": float(np.mean(lengths)), "completions/max_length": int(max(lengths)),
-        "completions/truncated": float(np.mean(truncated)), "completions/correct": outcomes["right"] / len(lengths),
-        **{f"grading/{name}": outcomes[name] for name in ("no_answer", "timeout", "crash")},
+        "reward/missing": float(rewards.isnan().double().mean()),
+        "completions/mean_length": float(np.mean(lengths)),
+        "completions/max_length": max(lengths),
+        "completions/truncated": float(np.mean(truncated)),
+        "completions/correct": outcomes["right"] / len(lengths),
+        **{f"grading/{name}": outcomes[name] for name in failures},
+        "time/rewards": sum(g.scoring_seconds for g in groups),  # of all engines
     }
 
 
-def evaluate(engine, layout, ctx, problems, cfg, tokenizer):
-    """Accuracy and length on held-out problems with the training's own engines and sampling; keys start with eval/."""
+def update_metrics(sums, batches, ctx, cfg):
+    """Means over the trained tokens; sums: of grpo_loss, over all ranks. Collective."""
+    tokens = max(1.0, sums["tokens"])
+    found = Counter()
+    for batch in batches:
+        inside = batch["mask"] > 0
+        gap = (batch["old_logprobs"] - batch["rollout_logprobs"])[inside]  # log pi_old - log q
+        # Cutting off the tail raises q, which explains a gap below 0; nothing explains one above.
+        gap = gap.clamp(min=0) if cfg.top_p < 1 or cfg.min_p > 0 else gap.abs()
+        found["rollout/logprob_gap"] += float(gap.sum())
+        found["rollout/off_by_10_percent"] += int((gap > math.log(1.1)).sum())
+        found["update/entropy"] += float(batch["entropy"][inside].sum())
+    found = sum_over_ranks(ctx, found)
+    found |= {f"update/{name}": value for name, value in sums.items() if name != "loss"}
+    return {name: value / tokens for name, value in found.items()}
+
+
+def cost_metrics(times, lengths, flops, engine, ctx):
+    """Speed, memory, and model FLOPs utilisation of the update; flops: per rank. Collective."""
+    tokens, peak = sum(lengths), peak_flops(ctx.device)
+    restarts = sum_over_ranks(ctx, {"restarts": engine.restarts if engine else 0})["restarts"]
+    return {
+        "tokens": tokens,
+        "tokens_per_second": tokens / times["time/step"],
+        "rollout/tokens_per_second": tokens / times["time/rollout"],
+        "rollout/engine_restarts": restarts,
+        "mfu": flops / times["time/update"] / peak if peak else None,
+        "peak_memory_gb": max_over_ranks(ctx, peak_memory_gb(ctx.device)),
+    }
+
+
+def log_line(metrics, total_steps, trained):
+    """What a person reads while the run goes on."""
+    phases = [f"{phase} {metrics[f'time/{phase}']:.1f}"
+              for phase in ("rollout", "reference", "update", "sync", "eval")
+              if f"time/{phase}" in metrics]
+    line = (f"step {metrics['step']}/{total_steps}  reward {metrics['reward/total']:.3f}  "
+            f"correct {metrics['completions/correct']:.2f}  "
+            f"length {metrics['completions/mean_length']:.0f}  "
+            f"cut {metrics['completions/truncated']:.0%}  loss {metrics['loss']:+.4f}  "
+            f"kl {metrics.get('update/kl', 0):.4f}  grad {metrics['grad_norm']:.2f}  "
+            f"| {metrics['time/step']:.1f} s: {', '.join(phases)}")
+    if "eval/pass@1" in metrics:
+        line += f"  | eval accuracy {metrics['eval/pass@1']:.3f}"
+    if not trained:
+        line += "  | NOTHING TRAINED: every answer is masked or has no reward"
+    return line
+
+
+def check_step(metrics, steps_off, allowed, ctx):
+    """
+    End the run when its rewards or its sampler cannot be trusted; returns the bad steps in a row.
+
+    Raises ValueError when too many answers have no reward, and when sampler and trainer disagree
+    in STEPS_OFF steps in a row: then the gradient is not that of the policy that sampled.
+    """
+    if metrics["reward/missing"] > MAX_SHARE_WITHOUT_REWARD:
+        raise ValueError(f"{metrics['reward/missing']:.0%} of the answers have no reward, more "
+                         f"than {MAX_SHARE_WITHOUT_REWARD:.0%}: a function of --reward_funcs "
+                         "fails; grading/* in metrics.jsonl says how")
+    gap, share = metrics["rollout/logprob_gap"], metrics["rollout/off_by_10_percent"]
+    if gap <= allowed and share <= MAX_SHARE_OFF:
+        return 0  # not reached with nan
+    message = (f"sampler and trainer disagree: mean log-prob gap {gap:.3g} (allowed {allowed:.3g}),"
+               f" {share:.0%} of the tokens off by 10% (allowed {MAX_SHARE_OFF:.0%})")
+    if steps_off + 1 == STEPS_OFF:
+        raise ValueError(f"{message}, {STEPS_OFF} steps in a row. Does vLLM compute this model as "
+                         "transformers does? --probe_tolerance raises the first limit")
+    if ctx.is_main:
+        print(f"WARNING: {message}; {STEPS_OFF} such steps in a row end the run", flush=True)
+    return steps_off + 1
+
+
+def evaluate(sample, problems, cfg):
+    """Accuracy and length on held-out problems, with the training's own engines and sampling."""
+    # The same seeds at every evaluation: two evaluations differ by the weights alone.
     eval_cfg = replace(cfg, num_generations=cfg.eval_num_samples, seed=cfg.seed + 1)
-    # step -1: the same seeds at every evaluation, so that two evaluations differ by the weights alone
-    groups = sample_groups(engine, layout, ctx, problems, list(range(len(problems))), -1, 0, eval_cfg, tokenizer,
-                           Timer())
-    outcomes = [outcome for g in groups for outcome in g["scored"].outcomes]
-    completions = [c for g in groups for c in g["completions"]]
+    groups = sample(eval_cfg, problems, range(len(problems)), step=0)
+    outcomes = [outcome for g in groups for outcome in g.scored.outcomes]
+    completions = [c for g in groups for c in g.completions]
     return {"eval/pass@1": outcomes.count("right") / len(outcomes),
             "eval/mean_length": float(np.mean([len(c.token_ids) for c in completions])),
             "eval/truncated": float(np.mean([c.finish_reason == "length" for c in completions]))}
 
 
+def answer_tokens(ctx, batches, mine, lengths):
+    """
+    {row number: {"logprobs", "entropy"}} of all B answers, one value per token. Collective.
+
+    logprobs are the trainer's before the update: beside rollout_logprobs they show where the
+    sampler differs. mine: the row numbers of each micro-batch of this rank.
+    """
+    found = {}
+    for batch, numbers in zip(batches, mine, strict=True):
+        ends = batch["cu_seqlens"][1:].tolist()
+        for number, end in zip(numbers, ends, strict=False):  # an empty micro-batch has no number
+            span = slice(end - 1 - lengths[number], end - 1)  # position t predicts token t + 1
+            found[number] = {"logprobs": batch["old_logprobs"][span].tolist(),
+                             "entropy": batch["entropy"][span].tolist()}
+    return {i: tokens for part in gather_objects(ctx, found) for i, tokens in part.items()}
+
+
+def write_rollouts(output_dir, step, groups, advantages, token_weights, tokens, ctx):
+    """rollouts/step-NNNNNN.jsonl: one object per completion, what report.py and regrade.py read."""
+    if not ctx.is_main:
+        return
+    lines = []
+    answers = [(p, s) for p, group in enumerate(groups) for s in range(len(group.texts))]
+    for i, (p, s) in enumerate(answers):
+        problem, completion, scored = groups[p].problem, groups[p].completions[s], groups[p].scored
+        per_token = {"rollout_logprobs": completion.logprobs, **tokens[i]}
+        lines.append(json.dumps({
+            "step": step, "row": problem.row, "prompt_index": p, "sample_index": s,
+            "problem": problem.problem, "answer": problem.answers[0], "text": groups[p].texts[s],
+            "length": len(completion.token_ids), "finish_reason": completion.finish_reason,
+            "outcome": scored.outcomes[s], "correct": scored.correct[s],
+            "rewards": {name: values[s] for name, values in scored.parts.items()},
+            "reward": scored.totals[s], "advantage": float(advantages[i]),
+            "weight": token_weights[i], "version": completion.version,
+            "token_ids": completion.token_ids,
+            **{name: [round(x, 4) for x in values] for name, values in per_token.items()}}))
+    path = output_dir / "rollouts" / f"step-{step:06d}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "\n".join(lines) + "\n")
+
+
 if __name__ == "__main__":
-    policy_lib.run_main(main, GRPOConfig)
+    run_main(main, GRPOConfig)

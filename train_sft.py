@@ -1,301 +1,298 @@
 """
-Stage 1: supervised fine-tuning on long reasoning traces (Fast-Math-R1, arXiv 2507.08267, section "SFT").
+Stage 1: supervised fine-tuning on long reasoning traces (Fast-Math-R1, arXiv 2507.08267).
 
-    torchrun --nproc_per_node 8 train_sft.py          the published recipe on DeepSeek-R1-Distill-Qwen-14B
-    torchrun --nproc_per_node 2 train_sft.py --model_name_or_path runs/demo-seed1/base --dataset demo ...
+    torchrun --nproc_per_node 8 train_sft.py        the published recipe, on 14B parameters
+    torchrun --nproc_per_node 2 train_sft.py --model_name_or_path DIR --dataset FILE ...
 
-The method, in the order of the code below:
+One step, in the order of the code in main:
 
     1. batch      packs of whole documents; attention and positions restart in each document
-    2. forward    log p(y_t | y_<t) of each trained token t (mask m_t = 1 on the assistant's tokens and its end of turn)
-                  backward of L = - sum_t m_t log p(y_t | y_<t) / N,  N = sum of m over ALL packs of ALL ranks of a step
+    2. forward    log p(y_t | y_<t) of each trained token (mask m_t = 1 on the assistant's tokens
+       backward   and its end of turn) of  L = - sum_t m_t log p(y_t | y_<t) / N,
+                  N = sum of m over ALL packs of ALL ranks of the step
     3. step       clip the gradient's norm, AdamW on fp32 master weights, learning rate
-    4. log        metrics.jsonl, one line a person can read
-    5. save       checkpoints to resume from; `final`, a Hugging Face folder for stage 2, transformers and vLLM
+    4. log        metrics.jsonl, and one line a person can read
+    5. save       checkpoints to resume from; `final`, a Hugging Face folder for stage 2 and vLLM
 
-One denominator N per step is what makes the gradient independent of how the batch was packed, split or spread over
-ranks; a mean per micro-batch would weigh a short answer's tokens more. Stage 2 (train_grpo.py) has the same phases and
-the same loss with a weight on every token: SFT is "advantage = 1, no ratio".
+The single denominator N makes the gradient independent of how the batch is packed, split and spread
+over ranks; a mean per micro-batch would give the tokens of short documents more weight. Stage 2
+(train_grpo.py) is the same loop with a weight on every token: SFT is "advantage 1, no ratio".
 
-What differs from the original, and the flag that restores it: documents do not see each other (--packing concat_cut);
-loss on the answer and its end of turn only (--loss_on all_but_eos); fp32 AdamW instead of 8-bit; full cosine over the
-epochs asked for (--lr_horizon 780 --max_steps 350 is the run shipped). recipes/fast_math_r1_14b.sh has the list.
+What the originals did differently is a patch against these files: recipes/originals/.
+
+Letters: T tokens of a pack, N trained tokens of a step.
 """
 
 import math
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from transformers.hf_argparser import HfArg
 
-import data
-import model as policy_lib
+from data import (
+    MODEL_INPUTS, assign_to_ranks, check_lengths, collate, load_documents, make_packs,
+    set_chat_template, steps_of_epoch, stop_token_id, system_prompt_text)
+from model import (
+    RunLog, Stopped, check_common_flags, check_flags, clip_gradients, describe_memory, flag,
+    flops_per_pack, folder_hash, generation_config, last_checkpoint, load_checkpoint, load_config, load_policy,
+    load_tokenizer, make_schedule, max_over_ranks, model_folder, nothing_left_to_train, open_run,
+    parameter_count, peak_flops, peak_memory_gb, raise_on_all_ranks, run_main, save_checkpoint,
+    save_hf, schedule_horizon, setup_distributed, shutdown_distributed, stop_on_signal,
+    sum_over_ranks, trace_memory, wait_for_all_ranks)
 
 
 @dataclass
 class SFTConfig:
     # What to train, on what, where to
-    model_name_or_path: str = HfArg(default="deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", help="Start: folder or hub id.")
-    dataset: str = HfArg(default="RabotniKuma/Fast-Math-R1-SFT", help="Hub id, .json(l), .parquet, saved folder, demo.")
-    dataset_split: str = HfArg(default="train", help="Split, for hub ids and saved folders.")
-    output_dir: str = HfArg(default="runs/sft", help="Run directory: config, metrics, checkpoints, final.")
-    resume: bool = HfArg(default=False, help="Continue from output_dir's newest intact checkpoint; none is an error.")
-    force: bool = HfArg(default=False, help="Resume though flags that change the result differ from the checkpoint's.")
+    model_name_or_path: str = flag("deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", "Folder or hub id.")
+    dataset: str = flag("RabotniKuma/Fast-Math-R1-SFT", "Hub id[:split], file or folder.")
+    output_dir: str = flag("runs/sft", "Config, metrics, checkpoints, final.")
+    resume: bool = flag(False, "Continue from output_dir's newest intact checkpoint.")
     # Rows to tokens
-    problem_column: str = HfArg(default="problem", help="Column of the question (messages or conversations need none).")
-    generation_column: str = HfArg(default="generation", help="Column of the reasoning trace with its answer.")
-    system_prompt: str = HfArg(default="sft", help="sft, grpo, open_rs, open_rs3, none, or the text itself.")
-    chat_template: str = HfArg(default="open_r1_roles", help="open_r1_roles (recipe), tokenizer (its own), Jinja file.")
-    loss_on: str = HfArg(default="assistant", help="assistant (with its end of turn), all, all_but_eos (the original).")
-    max_length: int = HfArg(default=24000, help="Tokens of a pack, and of the longest document.")
-    overlong: str = HfArg(default="drop", help="Documents above max_length: drop or cut. Both are counted and printed.")
-    packing: str = HfArg(default="best_fit", help="best_fit (nothing cut), concat_cut (original; attention crosses).")
-    max_malformed: float = HfArg(default=0.01, help="Share of rows that may be dropped before the run is refused.")
-    benchmark_dir: str = HfArg(default="", help="Warn of rows that overlap a benchmark: folder of benchmarks, or hub.")
-    cache_dir: str = HfArg(default=".cache", help="Where tokenised data is kept, by content hash.")
+    problem_column: str = flag("problem", "Column of the question.")
+    generation_column: str = flag("generation", "Column of the reasoning trace with its answer.")
+    system_prompt: str = flag("sft", "sft, grpo, open_rs, open_rs3, none, or the text itself.")
+    chat_template: str = flag("open_r1_roles", "open_r1_roles, tokenizer (its own), Jinja file.")
+    loss_on: str = flag("assistant", "assistant (and its end of turn), or all.")
+    max_length: int = flag(24000, "Tokens of a pack; longer documents are dropped and counted.")
+    cache_dir: str = flag(".cache", "Where tokenised data is kept, by content hash.")
     # Batch and schedule
-    gradient_accumulation_steps: int = HfArg(default=8, help="Packs per rank and step; 8 x 8 ranks x 24k: 1.5M tokens.")
-    num_train_epochs: float = HfArg(default=10, help="Passes over the data; the paper's 10.")
-    max_steps: int = HfArg(default=-1, help="Stop after this many steps; -1: after num_train_epochs.")
-    lr_horizon: int = HfArg(default=-1, help="Steps of the schedule; -1: where training stops. May exceed max_steps.")
-    learning_rate: float = HfArg(default=1e-5, help="Peak learning rate.")
-    lr_scheduler_type: str = HfArg(default="cosine", help="cosine[_with_min_lr], linear, constant[_with_warmup].")
-    min_lr_rate: float = HfArg(default=0.1, help="Floor as a share of the peak, for cosine_with_min_lr.")
-    warmup_ratio: float = HfArg(default=0.0, help="Share of the horizon spent on linear warm-up.")
-    weight_decay: float = HfArg(default=0.0, help="AdamW's decoupled weight decay.")
-    adam_beta1: float = HfArg(default=0.9, help="AdamW: memory of the gradient's mean.")
-    adam_beta2: float = HfArg(default=0.999, help="AdamW: memory of the gradient's square.")
-    max_grad_norm: float = HfArg(default=1.0, help="Clip the gradient to this norm; 0 leaves it alone.")
-    seed: int = HfArg(default=42, help="Order of the packs: a function of (seed, epoch).")
+    gradient_accumulation_steps: int = flag(8, "Packs per rank and step.")
+    num_train_epochs: float = flag(10, "Passes over the data.")
+    max_steps: int = flag(-1, "Stop after this many steps; -1: after num_train_epochs.")
+    lr_horizon: int = flag(-1, "Steps of the schedule; -1: where training stops.")
+    learning_rate: float = flag(1e-5, "Peak learning rate.")
+    lr_scheduler_type: str = flag("cosine", "cosine[_with_min_lr], linear, constant[_with_warmup].")
+    min_lr_rate: float = flag(0.1, "Floor as a share of the peak, for cosine_with_min_lr.")
+    warmup_ratio: float = flag(0.0, "Share of the horizon spent on linear warm-up.")
+    weight_decay: float = flag(0.0, "AdamW's decoupled weight decay.")
+    adam_beta2: float = flag(0.999, "AdamW: memory of the gradient's square.")
+    max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0 leaves it alone.")
+    seed: int = flag(42, "Order of the packs: a function of (seed, epoch).")
     # Machine
-    activation_checkpointing: str = HfArg(
-        default="full", help="none, full, or selective (keep attention outputs: faster, +12 GB).")
-    compile: bool = HfArg(default=False, help="torch.compile each block: faster on a GPU, a minute of start-up.")
-    shard_size: int = HfArg(default=0, help="Ranks sharing one copy of the weights; 0: all. GPUs per machine: hybrid.")
-    head_chunk_size: int = HfArg(default=2048, help="Tokens whose logits exist at a time.")
-    timeout_minutes: float = HfArg(default=30, help="Deadline of every wait between ranks.")
-    heartbeat_timeout: float = HfArg(default=300, help="Seconds of silence that end the run, naming the frozen rank.")
+    activation_checkpointing: str = flag("full", "none, full, or selective (keep attention).")
+    compile: bool = flag(False, "torch.compile each block: faster on a GPU.")
+    shard_size: int = flag(0, "Ranks that share one copy of the weights; 0: all.")
+    timeout_minutes: float = flag(30, "Longest wait between ranks.")
     # Saving, evaluating, logging
-    save_steps: int = HfArg(default=50, help="Checkpoint every so many steps; 0: only at the end.")
-    save_total_limit: int = HfArg(default=2, help="Checkpoints to keep; 0: all.")
-    keep_steps: str = HfArg(default="", help="Comma-separated steps whose checkpoints are never removed.")
-    save_dtype: str = HfArg(default="bfloat16", help="Type of the weights in final: bfloat16 or float32.")
-    eval_dataset: str = HfArg(default="", help="Held-out rows for an evaluation loss; empty: none.")
-    eval_split: str = HfArg(default="train", help="Split of eval_dataset, for hub ids and saved folders.")
-    eval_steps: int = HfArg(default=50, help="Evaluate every so many steps, and at the end.")
-    logging_steps: int = HfArg(default=1, help="Print a line every so many steps; metrics.jsonl gets all.")
-    report_to: str = HfArg(default="none", help="tensorboard, wandb or trackio beside metrics.jsonl.")
-    dry_run: bool = HfArg(default=False, help="Print the plan (tokens, packs, steps, memory) without loading a model.")
-
-
-# Flags that may change between a checkpoint and its resumption without changing the result.
-FREE_TO_CHANGE = {"resume", "force", "output_dir", "cache_dir", "timeout_minutes", "heartbeat_timeout", "save_steps",
-                  "save_total_limit", "keep_steps", "report_to", "max_steps", "activation_checkpointing", "compile",
-                  "shard_size", "dry_run", "eval_steps", "head_chunk_size", "eval_dataset", "eval_split", "save_dtype",
-                  "logging_steps", "benchmark_dir",
-                  "gradient_accumulation_steps"}  # the last: only its product with the ranks must stay (open_run)
+    save_steps: int = flag(50, "Checkpoint every so many steps; 0: only at the end.")
+    save_total_limit: int = flag(2, "Checkpoints to keep; 0: all.")
+    eval_dataset: str = flag("", "Held-out rows for an evaluation loss; empty: none.")
+    eval_steps: int = flag(50, "Evaluate every so many steps, and at the end.")
+    report_to: str = flag("none", "tensorboard, wandb or trackio beside metrics.jsonl.")
+    dry_run: bool = flag(False, "Print the plan and the memory of a step; load no weights.")
+    ranks: int = flag(0, "With --dry_run: plan for this many ranks; 0: those running.")
 
 
 def check_config(cfg):
-    """Refuse impossible values before anything starts: flag, value, reason, remedy. Raises ValueError."""
-    policy_lib.check_common_flags(cfg)
-    policy_lib.check_flags(
-        cfg, above_0=("max_length", "gradient_accumulation_steps"),
-        choices={"loss_on": ("assistant", "all", "all_but_eos"), "overlong": ("drop", "cut"),
-                 "packing": ("best_fit", "concat_cut")})
+    """Refuse impossible values before anything starts. Raises ValueError: flag, value, remedy."""
+    check_common_flags(cfg)
+    check_flags(cfg, choices={"loss_on": ("assistant", "all")}, not_negative=("ranks",),
+                above_0=("max_length", "gradient_accumulation_steps"))
 
 
 def sft_loss(logprobs, mask, denominator):
     """
     L = - sum_t m_t log p(y_t | y_<t) / N.
 
-    logprobs, mask (T,); denominator: trained tokens of the whole optimizer step, over all ranks. Returns a scalar.
+    logprobs, mask (T,); denominator: trained tokens of the whole optimizer step, over all ranks.
     """
     return -(logprobs * mask).sum() / denominator
 
 
-def document_spans(packs, index, documents, packing):
-    """[(ids, mask)] of one pack for data.collate; index -1: an empty one. concat_cut: a span that attention crosses."""
-    spans = [(documents[i].ids[a:b], documents[i].mask[a:b]) for i, a, b in packs[index]] if index >= 0 else []
-    if packing == "concat_cut" and spans:
-        return [tuple(np.concatenate(parts) for parts in zip(*spans, strict=True))]
-    return spans
-
-
-@torch.no_grad()
-def evaluation_loss(model, documents, max_length, ctx):
-    """Mean loss per trained token of held-out documents, packed and dealt like training data."""
-    packs = data.make_packs(documents, max_length)
-    mine = data.assign_to_ranks([sum(b - a for _, a, b in p) for p in packs], ctx.world_size)[ctx.rank]
-    total = count = 0.0
-    for index in mine:
-        batch = data.collate(document_spans(packs, index, documents, "best_fit"), ctx.device)
-        mask = batch.pop("mask")
-        logprobs, _ = model(**batch)
-        total, count = total - float((logprobs * mask).sum()), count + float(mask.sum())
-    total, count = policy_lib.sum_over_ranks(ctx, total, count)
-    return total / count
-
-
 def main(cfg):
     check_config(cfg)
-    ctx = policy_lib.setup_distributed(cfg.timeout_minutes, cfg.shard_size)
-    policy_lib.start_heartbeat(ctx, cfg.heartbeat_timeout)
+    ctx = setup_distributed(cfg.timeout_minutes, cfg.shard_size)
     output_dir = Path(cfg.output_dir)
 
-    # ---------------------------------------------------------------------------------- data and plan
-    folder = policy_lib.model_folder(cfg.model_name_or_path, ctx, weights=not cfg.dry_run)
-    model_config = policy_lib.load_config(folder)
-    tokenizer = policy_lib.load_tokenizer(folder)
-    data.set_chat_template(tokenizer, cfg.chat_template)
+    # --------------------------------------------------------------------------- data and plan
+    folder = model_folder(cfg.model_name_or_path, ctx, weights=not cfg.dry_run)
+    model_config = load_config(folder)
+    tokenizer = load_tokenizer(folder)
+    set_chat_template(tokenizer, cfg.chat_template)
+    check_lengths(tokenizer, model_config, cfg.max_length)
+    train = read_documents(cfg.dataset, tokenizer, cfg, ctx)
+    held_out = read_documents(cfg.eval_dataset, tokenizer, cfg, ctx) if cfg.eval_dataset else None
+    documents = train.documents
+    packs = make_packs(documents, cfg.max_length)  # [[document number]]
+    lengths = [[len(documents[i]) for i in pack] for pack in packs]
+    costs = [flops_per_pack(model_config, pack_lengths) for pack_lengths in lengths]
 
-    def documents_of(dataset, split):
-        load = lambda: data.load_documents(  # noqa: E731
-            dataset, tokenizer, cfg.max_length, split, cfg.overlong, cfg.loss_on,
-            data.system_prompt_text(cfg.system_prompt), cfg.problem_column, cfg.generation_column, cfg.max_malformed,
-            cfg.cache_dir, progress=ctx.is_main)
-        with policy_lib.raise_on_all_ranks(ctx, f"reading {dataset}"):
-            if ctx.local_rank == 0:
-                load()
-        return load()  # from the cache that the first rank of this machine has written
-
-    train = documents_of(cfg.dataset, cfg.dataset_split)
-    with policy_lib.raise_on_all_ranks(ctx, "comparing the data with the benchmarks"):
-        if ctx.is_main:
-            data.warn_of_contamination(cfg.dataset, cfg.benchmark_dir, cfg.dataset_split, cfg.problem_column)
-    held_out = documents_of(cfg.eval_dataset, cfg.eval_split).documents if cfg.eval_dataset else []
-    packs = data.make_packs(train.documents, cfg.max_length, cfg.packing)
-    pack_lengths = [[b - a for _, a, b in p] for p in packs]
-    pack_costs = [policy_lib.flops_per_pack(model_config, lengths) for lengths in pack_lengths]
-    packs_per_step = cfg.gradient_accumulation_steps * ctx.world_size
-    steps_per_epoch = -(-len(packs) // packs_per_step)
+    ranks = cfg.ranks or ctx.world_size
+    packs_per_step = cfg.gradient_accumulation_steps * ranks
+    steps_per_epoch = math.ceil(len(packs) / packs_per_step)
     epoch_steps = math.ceil(cfg.num_train_epochs * steps_per_epoch)
     total_steps = cfg.max_steps if cfg.max_steps > 0 else epoch_steps
-    cfg.lr_horizon = horizon = policy_lib.schedule_horizon(cfg, total_steps)  # resolved: a resume must keep it
-    memory = policy_lib.estimated_memory_gb(model_config, ctx, cfg.max_length, cfg.activation_checkpointing,
-                                            cfg.head_chunk_size)
+    cfg.lr_horizon = schedule_horizon(cfg, total_steps)
     if ctx.is_main:
-        filled = sum(map(sum, pack_lengths))
-        trained = sum(int(d.mask.sum()) for d in train.documents)
-        print(f"""\
-data       {cfg.dataset}: {train.summary()}
-tokens     {filled:,} per epoch ({filled / max(1, len(train.documents)):,.0f} per document), {trained:,} of them trained
-packs      {len(packs):,} of {cfg.max_length:,} tokens, {filled / len(packs) / cfg.max_length:.2%} filled \
-(padding is never computed)
-step       {packs_per_step} packs = {cfg.gradient_accumulation_steps} x {ctx.world_size} ranks, \
-up to {packs_per_step * cfg.max_length:,} tokens
-plan       {steps_per_epoch} steps per epoch, {total_steps} steps in all, schedule ends at step {horizon}
-model      {cfg.model_name_or_path}: {policy_lib.parameter_count(model_config):,} parameters \
-on {ctx.world_size} x {ctx.device.type}
-memory     about {memory:.1f} GB per rank (estimate)
-output     {output_dir}""", flush=True)
+        print_plan(cfg, train, lengths, packs_per_step, steps_per_epoch, total_steps)
+        print(f"model      {cfg.model_name_or_path}: {parameter_count(model_config):,} parameters "
+              f"on {ranks} x {ctx.device.type}", flush=True)
     if cfg.dry_run:
+        if ctx.is_main:  # two full packs show the peak
+            parts = trace_memory(
+                model_config, ranks, [cfg.max_length, cfg.max_length], shard_size=cfg.shard_size,
+                activation_checkpointing=cfg.activation_checkpointing)
+            print(f"memory     {describe_memory(parts)}", flush=True)
         return
 
-    # ---------------------------------------------------------------------------------- model and optimizer
-    # Another number of ranks may resume if it takes as many packs per step: a step's number is its place in the data.
-    run = policy_lib.open_run(ctx, cfg, FREE_TO_CHANGE, {
-        "data": train.content_hash, "gradient_accumulation_steps x ranks": packs_per_step})
+    # --------------------------------------------------------------------- model and optimizer
+    run = open_run(ctx, cfg, {"model": folder_hash(folder), "data": train.content_hash,
+                              "packs per step": packs_per_step})
     torch.manual_seed(cfg.seed)
-    model = policy_lib.load_policy(
-        folder, ctx, activation_checkpointing=cfg.activation_checkpointing, compile_blocks=cfg.compile,
-        head_chunk_size=cfg.head_chunk_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2),
-                                  eps=1e-8, weight_decay=cfg.weight_decay, fused=True)
-    scheduler = policy_lib.make_schedule(cfg, optimizer, horizon)
-    first_step = 0
+    model = load_policy(folder, ctx, activation_checkpointing=cfg.activation_checkpointing,
+                        compile_blocks=cfg.compile)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2),
+        weight_decay=cfg.weight_decay, fused=True)
+    scheduler = make_schedule(cfg, optimizer, cfg.lr_horizon)
+    step = 0
     if run.checkpoint:
-        first_step = policy_lib.load_checkpoint(model, optimizer, scheduler, ctx, run.checkpoint)["step"]
-    if run.checkpoint and policy_lib.nothing_left_to_train(output_dir, run.checkpoint, first_step, total_steps):
-        raise ValueError(f"nothing to do: {run.checkpoint} has reached step {first_step} of {total_steps}; "
-                         "to go on raise --max_steps, and --lr_horizon with it (a longer schedule needs --force)")
-    log = policy_lib.RunLog(ctx, output_dir, asdict(cfg), total_steps, first_step, cfg.report_to, cfg.logging_steps)
-    keep_steps = [int(s) for s in cfg.keep_steps.split(",") if s]
-    step = first_step
+        step = load_checkpoint(model, optimizer, scheduler, ctx, run.checkpoint)["step"]
+        if nothing_left_to_train(output_dir, run.checkpoint, step, total_steps):
+            raise ValueError(f"nothing to do: {run.checkpoint} has reached step {step} of "
+                             f"{total_steps}; to go on raise --max_steps")
+    log = RunLog(ctx, output_dir, asdict(cfg), total_steps, step, cfg.report_to)
 
-    with policy_lib.stop_on_signal(ctx) as stop_requested:
+    with stop_on_signal(ctx) as stop_requested:
         while step < total_steps:
-            ctx.doing = f"in step {step + 1}"
+            wait_for_all_ranks(ctx)
             started = time.perf_counter()
-            # ========================================================================== 1. batch
-            # The order is a function of (seed, epoch): a resumed run needs only the step to go on where it stopped.
+
+            # ====================================================== 1. batch
+            # The order is a function of (seed, epoch): a resumed run needs only the step.
             epoch, position = divmod(step, steps_per_epoch)
-            members = data.steps_of_epoch(len(packs), packs_per_step, cfg.seed, epoch)[position]
-            hands = data.assign_to_ranks([pack_costs[i] for i in members], ctx.world_size)  # packs of equal cost at the same time
-            mine = [members[i] if i >= 0 else -1 for i in hands[ctx.rank]]
-            batches = [data.collate(document_spans(packs, i, train.documents, cfg.packing), ctx.device) for i in mine]
-            (denominator,) = policy_lib.sum_over_ranks(ctx, sum(float(b["mask"].sum()) for b in batches))  # N
+            members = steps_of_epoch(len(packs), packs_per_step, cfg.seed, epoch)[position]
+            # Packs of equal cost at the same time, because all ranks wait for the slowest.
+            assignment = assign_to_ranks([costs[i] for i in members], ctx.world_size)[ctx.rank]
+            mine = [packs[members[i]] if i >= 0 else [] for i in assignment]  # -1: an empty pack
+            batches = [collate_pack(documents, pack, ctx) for pack in mine]
+            trained = sum(float(batch["mask"].sum()) for batch in batches)
+            denominator = sum_over_ranks(ctx, {"trained": trained})["trained"]  # N
             if denominator == 0:
-                raise ValueError(f"step {step + 1} has no trained token; its rows are {rows_of(packs, members, train)}")
+                raise ValueError(f"step {step + 1} has no trained token; rows "
+                                 f"{rows_of(documents, packs, members)}")
 
-            # ========================================================================== 2. forward and backward
-            loss, entropy_sum = 0.0, 0.0
+            # ====================================================== 2. forward and backward
+            sums = Counter()
             for batch in batches:
-                mask = batch.pop("mask")  # (T,)
-                logprobs, entropy = model(**batch)  # (T,), (T,)
-                micro_loss = sft_loss(logprobs, mask, denominator)
-                micro_loss.backward()  # gradients are summed over micro-batches and over ranks
-                loss += float(micro_loss.detach())
-                entropy_sum += float((entropy * mask).sum())
-            loss, entropy_sum = policy_lib.sum_over_ranks(ctx, loss, entropy_sum)
+                logprobs, entropy = model(**{name: batch[name] for name in MODEL_INPUTS})  # (T,) x2
+                loss = sft_loss(logprobs, batch["mask"], denominator)
+                loss.backward()  # gradients add up over micro-batches and over ranks
+                sums["loss"] += float(loss.detach())
+                sums["entropy"] += float((entropy * batch["mask"]).sum())
+            sums = sum_over_ranks(ctx, sums)
 
-            # ========================================================================== 3. step
-            grad_norm = policy_lib.clip_gradients(model, cfg.max_grad_norm)
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            # ====================================================== 3. step
+            grad_norm = clip_gradients(model, cfg.max_grad_norm)
+            if not math.isfinite(sums["loss"] + grad_norm):
                 raise FloatingPointError(
-                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}. "
-                    f"Rows of this step: {rows_of(packs, members, train)}. "
-                    f"Nothing was updated; last good checkpoint: {policy_lib.last_checkpoint(output_dir)}")
+                    f"step {step + 1}: loss {sums['loss']}, gradient norm {grad_norm}; rows "
+                    f"{rows_of(documents, packs, members)}. Nothing was updated; "
+                    f"last checkpoint: {last_checkpoint(output_dir)}")
             learning_rate = scheduler.get_last_lr()[0]
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
-            # ========================================================================== 4. log
+            # ====================================================== 4. log
             seconds = time.perf_counter() - started
-            step_lengths = [n for i in members for n in pack_lengths[i]]
-            flops = sum(pack_costs[i] for i in members) / seconds / ctx.world_size
-            memory = policy_lib.max_over_ranks(ctx, policy_lib.peak_memory_gb(ctx.device))
+            tokens = sum(sum(lengths[i]) for i in members)
+            flops = sum(costs[i] for i in members) / seconds / ctx.world_size
+            peak = peak_flops(ctx.device)
+            memory = max_over_ranks(ctx, peak_memory_gb(ctx.device))
             metrics = {
-                "step": step, "epoch": step / steps_per_epoch, "loss": loss, "lr": learning_rate,
-                "grad_norm": grad_norm, "entropy": entropy_sum / denominator,
-                "tokens": sum(step_lengths), "trained_tokens": int(denominator),
-                "tokens_per_second": sum(step_lengths) / seconds, "tflops_per_rank": flops / 1e12,
-                "mfu": flops / peak if (peak := policy_lib.peak_flops(ctx.device)) else None,
+                "step": step, "epoch": step / steps_per_epoch, "loss": sums["loss"],
+                "lr": learning_rate, "grad_norm": grad_norm,
+                "entropy": sums["entropy"] / denominator,
+                "tokens": tokens, "trained_tokens": int(denominator),
+                "tokens_per_second": tokens / seconds, "tflops_per_rank": flops / 1e12,
+                "mfu": flops / peak if peak else None,
                 "peak_memory_gb": memory, "time/step": seconds,
             }
+            line = (f"step {step}/{total_steps}  loss {sums['loss']:.4f}  lr {learning_rate:.2e}  "
+                    f"grad {grad_norm:.3f}  {tokens / seconds:,.0f} tokens/s  {memory:.1f} GB")
             if held_out and (step % cfg.eval_steps == 0 or step == total_steps):
-                metrics["eval/loss"] = evaluation_loss(model, held_out, cfg.max_length, ctx)
-            log.write(metrics, f"step {step}/{total_steps}  loss {loss:.4f}  lr {learning_rate:.2e}  "
-                      f"grad {grad_norm:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  {memory:.1f} GB"
-                      + (f"  eval {metrics['eval/loss']:.4f}" if "eval/loss" in metrics else ""))
+                metrics["eval/loss"] = evaluation_loss(model, held_out.documents, cfg, ctx)
+                line += f"  eval {metrics['eval/loss']:.4f}"
+            log.write(metrics, line)
 
-            # ========================================================================== 5. save
+            # ====================================================== 5. save
             stopping = stop_requested()
-            if stopping or step == total_steps or (cfg.save_steps and step % cfg.save_steps == 0) or step in keep_steps:
-                policy_lib.save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step,
-                                           {"config": asdict(cfg), **run.identity}, cfg.save_total_limit, keep_steps)
+            due = cfg.save_steps and step % cfg.save_steps == 0
+            if due or stopping or step == total_steps:
+                save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step,
+                                {}, cfg.save_total_limit)
             if stopping and step < total_steps:
                 log.close()
-                raise policy_lib.Stopped(f"stopped by a signal after step {step} of {total_steps}; "
-                                         "continue with --resume")
+                raise Stopped(f"stopped by a signal after step {step} of {total_steps}; "
+                              "continue with --resume")
 
-    policy_lib.save_hf(model, output_dir / "final", ctx, policy_lib.DTYPES[cfg.save_dtype], tokenizer,
-                       policy_lib.generation_config(folder, data.stop_token_id(tokenizer)))
+    save_hf(model, output_dir / "final", ctx, ctx.compute_dtype, tokenizer,
+            generation_config(folder, stop_token_id(tokenizer)))
     log.close()
     if ctx.is_main:
         print(f"done: {total_steps} steps; model in {output_dir / 'final'}", flush=True)
-    policy_lib.shutdown_distributed(ctx)
+    shutdown_distributed(ctx)
 
 
-def rows_of(packs, members, train):
+def read_documents(dataset, tokenizer, cfg, ctx):
+    """Tokenised documents; the first rank of a machine fills the cache that the others read."""
+    def load():
+        return load_documents(
+            dataset, tokenizer, cfg.max_length, cfg.loss_on, system_prompt_text(cfg.system_prompt),
+            cfg.problem_column, cfg.generation_column, cfg.cache_dir, progress=ctx.is_main)
+
+    with raise_on_all_ranks(ctx, f"reading {dataset}"):
+        if ctx.local_rank == 0:
+            load()
+    return load()
+
+
+def print_plan(cfg, train, lengths, packs_per_step, steps_per_epoch, total_steps):
+    """What the run is going to do, before anything expensive starts. lengths: of each pack."""
+    tokens = sum(map(sum, lengths))
+    trained = sum(int(d.mask.sum()) for d in train.documents)
+    print(f"""\
+data       {cfg.dataset}: {train.summary()}
+tokens     {tokens:,} per epoch ({tokens / len(train.documents):,.0f} per document), \
+{trained:,} of them trained
+packs      {len(lengths):,} of {cfg.max_length:,} tokens, \
+{tokens / len(lengths) / cfg.max_length:.2%} filled (padding is never computed)
+step       {packs_per_step} packs, up to {packs_per_step * cfg.max_length:,} tokens
+plan       {steps_per_epoch} steps per epoch, {total_steps} in all, \
+schedule ends at step {cfg.lr_horizon}
+output     {cfg.output_dir}""", flush=True)
+
+
+def collate_pack(documents, pack, ctx):
+    """The tensors of one pack; pack: document numbers, none for an empty one."""
+    rows = [{"ids": documents[i].ids, "mask": documents[i].mask} for i in pack]
+    return collate(rows, ctx.device)
+
+
+def rows_of(documents, packs, members):
     """Source rows of some packs, for error messages."""
-    return sorted({train.documents[i].row for index in members for i, _, _ in packs[index]})[:20]
+    return sorted({documents[i].row for index in members for i in packs[index]})[:20]
+
+
+@torch.no_grad()
+def evaluation_loss(model, documents, cfg, ctx):
+    """Mean loss per trained token of held-out documents, packed and assigned like training data."""
+    packs = make_packs(documents, cfg.max_length)
+    sizes = [sum(len(documents[i]) for i in pack) for pack in packs]
+    sums = Counter()
+    for index in assign_to_ranks(sizes, ctx.world_size)[ctx.rank]:
+        batch = collate_pack(documents, packs[index] if index >= 0 else [], ctx)
+        logprobs, _ = model(**{name: batch[name] for name in MODEL_INPUTS})
+        sums["loss"] -= float((logprobs * batch["mask"]).sum())
+        sums["tokens"] += float(batch["mask"].sum())
+    sums = sum_over_ranks(ctx, sums)
+    return sums["loss"] / sums["tokens"]
 
 
 if __name__ == "__main__":
-    policy_lib.run_main(main, SFTConfig)
+    run_main(main, SFTConfig)

@@ -3,7 +3,7 @@ Token scheduler (optional): read a problem, guess how long its solution will be,
 
     python recipes/token_scheduler.py train --output_dir runs/token_scheduler
     python recipes/token_scheduler.py predict --model runs/token_scheduler --dataset aime24.json --output limits.jsonl
-    python evaluate.py --token_limits limits.jsonl ...
+    python recipes/token_scheduler.py score --limits limits.jsonl --samples runs/eval/NAME/HASH --benchmark aime24
 
 The method (Fast-Math-R1's Kaggle solution), with its published numbers:
 
@@ -12,6 +12,7 @@ The method (Fast-Math-R1's Kaggle solution), with its published numbers:
     2. train    ModernBERT-base with one output, mean squared error; 3 epochs, 32 problems a step, cosine to 0.
                 About 1 hour and 8k steps; test loss .080 -> .055, train loss .21 -> .045
     3. predict  limit = 10,500 + (13,300 - 10,500) * clamp(y, 0, 1): an easy problem's tokens go to a hard one
+    4. score    samples that evaluate.py has drawn, at these limits and at one budget for all, their mean
 
 Expect little: the authors saw a "moderate correlation" with the true lengths and about one leaderboard point that
 "may be placebo". Left out: several GPUs, resuming; a run is an hour.
@@ -29,7 +30,11 @@ import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from build_data import load_rows, question  # noqa: E402
+
 import data  # noqa: E402
+from evaluate import grade_sample, is_missing, markdown, percent, problem_metrics, read_samples, summarise  # noqa: E402
+from model import read_jsonl  # noqa: E402
 
 SCALE = 12800  # tokens that make a label of 1
 
@@ -56,8 +61,8 @@ def correlation(x, y):
 
 
 def train(args):
-    rows = data.load_rows(args.dataset)
-    pairs = [(data.question(row), row.get(args.label_column)) for row in rows]
+    rows = load_rows(args.dataset)
+    pairs = [(question(row), row.get(args.label_column)) for row in rows]
     pairs = [(text, n / SCALE) for text, n in pairs if text and isinstance(n, (int, float)) and n > 0]
     print(f"{args.dataset}: {len(pairs):,} of {len(rows):,} rows have a problem and a {args.label_column}")
     random.Random(args.seed).shuffle(pairs)
@@ -99,7 +104,7 @@ def train(args):
 
 
 def predict(args):
-    texts = [data.question(row) or data.question(row, "question") for row in data.load_rows(args.dataset)]
+    texts = [question(row) for row in load_rows(args.dataset)]
     problems = [text for text in texts if text]
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(args.model)
@@ -113,6 +118,36 @@ def predict(args):
     temporary.write_text("".join(lines))
     temporary.rename(args.output)
     print(f"{args.output}: limits of {len(lines):,} problems")
+
+
+def token_limit_table(path):
+    """{problem text: limit} of a file that predict has written; DataError shows a malformed entry."""
+    table = {row.get("problem"): row.get("token_limit") for row in data.load_rows(path)}
+    for problem, limit in table.items():
+        if not isinstance(problem, str) or not isinstance(limit, int) or limit < 1:
+            raise data.DataError(f"--limits {path}: problem {problem!r:.80} with limit {limit!r}; every entry needs the "
+                                 "problem's text and a number of tokens, at least 1")
+    return table
+
+
+def score(args):
+    folder, limits, questions = Path(args.samples), token_limit_table(args.limits), []
+    samples = read_samples(folder)
+    for asked in read_jsonl(folder / f"problems-{args.benchmark}.jsonl"):
+        if asked["problem"] not in limits:
+            raise data.DataError(f"--limits {args.limits} has none for the problem {asked['problem']!r:.80}")
+        place = args.benchmark, asked["id"]
+        rows = [row for key, row in samples.items() if key[:2] == place]
+        questions.append((limits[asked["problem"]], rows, asked["answers"]))
+    mean = round(sum(limit for limit, *_ in questions) / len(questions))
+    lines = []
+    for name, budgets in (("own limits", [limit for limit, *_ in questions]), ("their mean", [mean] * len(questions))):
+        if cut := sum(is_missing(r, b) for b, (_, rows, _) in zip(budgets, questions, strict=True) for r in rows):
+            raise data.DataError(f"{folder}: {cut} samples were cut off below {name}; draw them with larger --budgets")
+        total = summarise([problem_metrics([grade_sample(row, golds) for row in rows], budget)
+                           for budget, (_, rows, golds) in zip(budgets, questions, strict=True)])
+        lines.append([name, f"{mean:,}", percent(total, "pass@1"), f"{total['tokens']:,.0f}", f"{total['cut_off']:.1%}"])
+    print(markdown(["limits", "mean limit", "pass@1", "tokens", "cut off"], lines))
 
 
 def main():
@@ -131,11 +166,15 @@ def main():
     add = commands.add_parser("predict", allow_abbrev=False).add_argument
     add("--model", default="runs/token_scheduler", help="folder that train has written")
     add("--dataset", required=True, help="rows with problem or question")
-    add("--output", required=True, help="JSONL file for evaluate.py --token_limits")
+    add("--output", required=True, help="JSONL file of problems and their limits")
     add("--min_limit", type=int, default=10500, help="limit of the shortest problem")
     add("--max_limit", type=int, default=13300, help="limit of the longest problem")
+    add = commands.add_parser("score", allow_abbrev=False).add_argument
+    add("--limits", required=True, help="file that predict has written")
+    add("--samples", required=True, help="folder NAME/HASH of evaluate.py's samples")
+    add("--benchmark", required=True, help="name of a benchmark in that folder")
     args = parser.parse_args()
-    {"train": train, "predict": predict}[args.command](args)
+    {"train": train, "predict": predict, "score": score}[args.command](args)
 
 
 if __name__ == "__main__":

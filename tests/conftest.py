@@ -1,5 +1,6 @@
 """Tiny models and data that the tests make themselves; how they start the real programs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,10 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import data  # noqa: E402
+from make_demo import write_demo  # noqa: E402
 
 
 def tiny_config(arch="qwen2", tie=False, vocab_size=336, hidden_size=64, layers=2):
@@ -42,7 +43,7 @@ def tiny_model(path, arch="qwen2", tie=False, seed=0, **options):
 def demo(tmp_path_factory):
     """Folder of the miniature recipe: base/ (model and tokenizer), train.jsonl, rl.jsonl, test.jsonl."""
     folder = tmp_path_factory.mktemp("demo")
-    data.write_demo(folder)
+    write_demo(folder)
     return folder
 
 
@@ -60,13 +61,28 @@ def run(*command, timeout=300, **environment):
                           check=False)
 
 
+def command_line(script, *flags, ranks=2):
+    """A script under a real torchrun with gloo ranks; ranks=1: without torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--rdzv_backend", "c10d",
+                "--rdzv_endpoint", "localhost:0"]
+    return [str(part) for part in (sys.executable, *(launcher if ranks > 1 else []), ROOT / script, *flags)]
+
+
 def torchrun(script, *flags, ranks=2, timeout=300):
-    """Run a script under a real torchrun with gloo ranks; ranks=1 runs it without torchrun."""
-    if ranks == 1:
-        return run(sys.executable, ROOT / script, *flags, timeout=timeout)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks,
-                "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    return run(*launcher, ROOT / script, *flags, timeout=timeout)
+    """Run a script to its end, see command_line."""
+    return run(*command_line(script, *flags, ranks=ranks), timeout=timeout)
+
+
+def start(script, *flags, ranks=2, **options):
+    """Start a script and return its subprocess.Popen; stderr goes into stdout unless options say otherwise."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
+    return subprocess.Popen(command_line(script, *flags, ranks=ranks), cwd=ROOT, text=True,
+                            env={**os.environ, "HF_HUB_OFFLINE": "1"}, **options)
+
+
+def read_rows(path):
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def wait_for(condition, process=None, seconds=180, said=lambda: ""):

@@ -1,12 +1,13 @@
-"""Building the recipes' data sets from small files with the real columns; decontamination."""
+"""recipes/build_data.py: the data sets from small files with the real columns; decontamination."""
 
 import json
 import sys
 
+import build_data
 import pytest
 from conftest import ROOT, run
 
-import data
+from data import DataError
 
 LONG, SHORT = 40, 10  # words of a trace; the tests count words and call everything above 30 long
 
@@ -16,7 +17,7 @@ def trace(words, box="1", mark=""):
 
 
 def openr1_row(number, marks, llama="same", complete=None, lengths=None, **columns):
-    """A row of OpenR1-Math-220k. marks: correctness_math_verify; llama "same" is the column as null."""
+    """A row of OpenR1-Math-220k. marks: correctness_math_verify; llama "same": null."""
     lengths = lengths or [LONG] * len(marks)
     return {
         "problem": f"OpenR1 problem number {number} about {number * 7} apples",
@@ -38,13 +39,20 @@ def openr1_row(number, marks, llama="same", complete=None, lengths=None, **colum
 
 
 def light_row(problem, answer_text):
-    return {"conversations": [{"from": "user", "value": problem}, {"from": "assistant", "value": answer_text}]}
+    return {
+        "conversations": [
+            {"from": "user", "value": problem},
+            {"from": "assistant", "value": answer_text},
+        ]
+    }
 
 
 @pytest.fixture
 def word_counter(monkeypatch):
-    """The tokenizer's place is taken by a word count, so that a test can say which trace is how long."""
-    monkeypatch.setattr(data, "token_counter", lambda name: lambda texts: [len(text.split()) for text in texts])
+    """Words are counted instead of tokens, so that a test can say which trace is how long."""
+    monkeypatch.setattr(
+        build_data, "token_counter", lambda name: lambda texts: [len(t.split()) for t in texts]
+    )
 
 
 def write(path, rows):
@@ -61,16 +69,21 @@ def write(path, rows):
 
 
 def read(path):
-    return data.load_rows(str(path))
+    return build_data.load_rows(str(path))
 
 
 def build(tmp_path, recipe, sources, *flags, output="out.jsonl"):
-    """Rows and report of a build from {flag: rows}; files are Parquet where `datasets` serves Parquet."""
-    suffix = {"openr1_math": ".parquet", "openr1_hard": ".parquet", "light_r1": ".json", "open_rs": ".parquet"}
-    command = ["--recipe", recipe, "--output", str(tmp_path / output), *map(str, flags)]
+    """Rows and report of a build from {flag: rows}; Parquet files where the hub has Parquet."""
+    suffix = {
+        "openr1_math": ".parquet",
+        "openr1_hard": ".parquet",
+        "light_r1": ".json",
+        "open_rs": ".parquet",
+    }
+    command = [recipe, "--output", str(tmp_path / output), *map(str, flags)]
     for flag, rows in sources.items():
         command += [f"--{flag}", str(write(tmp_path / (flag + suffix.get(flag, ".jsonl")), rows))]
-    data.build(data.build_parser().parse_args(command))
+    build_data.build(build_data.make_parser().parse_args(command))
     return read(tmp_path / output), json.loads((tmp_path / f"{output}.report.json").read_text())
 
 
@@ -78,16 +91,22 @@ def sft_sources():
     half, most, full = [True, False], [True, True, True, False], [True, True]
     openr1 = [
         openr1_row(0, full),  # a: both correct, both long
-        openr1_row(1, full, lengths=[LONG, SHORT]),  # the shortest correct trace is short: not a; accuracy 1: not b
-        openr1_row(2, half, lengths=[LONG, SHORT]),  # b: exactly half; the correct trace is kept although it is longer
-        openr1_row(3, most, lengths=[LONG, SHORT, LONG, 2]),  # b: three quarters; the wrong one is the shortest of all
+        openr1_row(
+            1, full, lengths=[LONG, SHORT]
+        ),  # shortest correct is short: not a; accuracy 1: not b
+        openr1_row(
+            2, half, lengths=[LONG, SHORT]
+        ),  # b: exactly half; the correct one is kept, the longer
+        openr1_row(3, most, lengths=[LONG, SHORT, LONG, 2]),  # b: the wrong one is shortest
         openr1_row(4, [False, False]),  # never correct
-        openr1_row(5, [False, False], llama=[True, None]),  # b by the Llama judge, whose list has a null
+        openr1_row(5, [False, False], llama=[True, None]),  # b by Llama; a null in its list
         openr1_row(6, [None, True], llama=[None, None]),  # b: an unknown mark is not correct
         openr1_row(7, full, complete=[False, False]),  # correct but broken off: nothing to keep
-        openr1_row(8, full, complete=[True, False], lengths=[LONG, SHORT]),  # a: the short one is not complete
+        openr1_row(
+            8, full, complete=[True, False], lengths=[LONG, SHORT]
+        ),  # a: the short one breaks off
         openr1_row(9, most),  # passes a and b
-        openr1_row(10, full, problem="  OpenR1 problem\nnumber 0 about   0 apples"),  # a, the same problem as row 0
+        openr1_row(10, full, problem="  OpenR1 problem\nnumber 0 about   0 apples"),  # row 0 again
         openr1_row(11, full, answer=None),
         openr1_row(12, full, generations=[trace(LONG)]),  # one trace, two marks
     ]
@@ -99,7 +118,10 @@ def sft_sources():
         openr1_row(53, full, answer=float("nan")),
     ]
     light = [
-        light_row("A light problem", "<think>is it \\boxed{4}? no</think>\nIt is \\boxed{\\frac{1}{2}}, not 3."),
+        light_row(
+            "A light problem",
+            "<think>is it \\boxed{4}? no</think>\nIt is \\boxed{\\frac{1}{2}}, not 3.",
+        ),
         light_row("Boxed while thinking only", "<think>it is \\boxed{9}</think> nine"),
         light_row("No box", "<think>hm</think> nine"),
         light_row("OpenR1 problem number 2 about 14 apples", trace(3, 2)),  # known from OpenR1
@@ -115,7 +137,12 @@ def test_sft_set_row_by_row(tmp_path, word_counter):
     rows, report = build(tmp_path, "fast_math_r1_sft", sft_sources(), *FLAGS)
     assert {tuple(row) for row in rows} == {("problem", "generation", "answer", "source")}
     found = [
-        (row["source"], row["problem"].split(" about")[0][-2:].strip(), row["answer"], row["generation"][7:10].strip())
+        (
+            row["source"],
+            row["problem"].split(" about")[0][-2:].strip(),
+            row["answer"],
+            row["generation"][7:10].strip(),
+        )
         for row in rows
     ]
     assert found == [
@@ -133,7 +160,7 @@ def test_sft_set_row_by_row(tmp_path, word_counter):
     ]
     sources = report["sources"]
     for part in sources.values():
-        assert part["rows"] == part["kept"] + sum(part["dropped"].values()), "every row is accounted for once"
+        assert part["rows"] == part["kept"] + sum(part["dropped"].values())
     assert sources["openr1_long"] == {
         "rows": 13,
         "kept": 3,
@@ -157,7 +184,9 @@ def test_sft_set_row_by_row(tmp_path, word_counter):
         "duplicate of an earlier problem": 1,
         "conversations is not a question and an answer": 1,
     }
-    assert report["rows"] == len(rows) and report["tokens"] == sum(len(row["generation"].split()) for row in rows)
+    assert report["rows"] == len(rows) and report["tokens"] == sum(
+        len(row["generation"].split()) for row in rows
+    )
 
 
 def test_long_means_longer_than(tmp_path, word_counter):
@@ -170,7 +199,10 @@ def test_long_means_longer_than(tmp_path, word_counter):
 
 
 def sources_of(rows):
-    return {row["problem"].split(" about")[0].split()[-1]: row["source"].removeprefix("openr1_") for row in rows}
+    return {
+        row["problem"].split(" about")[0].split()[-1]: row["source"].removeprefix("openr1_")
+        for row in rows
+    }
 
 
 @pytest.mark.parametrize(
@@ -178,7 +210,7 @@ def sources_of(rows):
     [
         (("--correctness", "math_verify"), {"5"}, set()),
         (("--b_ends", "open"), {"2", "3", "5", "6"}, set()),
-        (("--completeness", "ignore"), {"8"}, {"7"}),  # row 8's short trace is now the one that counts
+        (("--completeness", "ignore"), {"8"}, {"7"}),  # row 8's short trace counts now
         (("--trace_length", "any"), set(), {"1"}),
         (("--trace_length", "mean"), {"3"}, set()),
         (("--b_max_accuracy", "1"), set(), {"1"}),
@@ -191,10 +223,11 @@ def test_open_choices_move_the_rows_they_name(tmp_path, word_counter, flags, gon
     (tmp_path / "other").mkdir()
     only_openr1["openr1_hard"] = [openr1_row(99, [True])]
     default = sources_of(build(tmp_path / "default", "fast_math_r1_sft", only_openr1, *FLAGS)[0])
-    other = sources_of(build(tmp_path / "other", "fast_math_r1_sft", only_openr1, *FLAGS, *flags)[0])
-    if (
-        flags[0] == "--trace_length" and flags[1] == "mean"
-    ):  # mean of row 3's three correct traces: still b, now long enough for a
+    other = sources_of(
+        build(tmp_path / "other", "fast_math_r1_sft", only_openr1, *FLAGS, *flags)[0]
+    )
+    if flags == ("--trace_length", "mean"):
+        # the mean of row 3's three correct traces: still b, now long enough for a
         assert default["3"] == "moderate" and other["3"] == "long"
         return
     assert set(default) - set(other) == gone and set(other) - set(default) == new
@@ -206,37 +239,53 @@ def test_same_bytes_again_and_from_parquet(tmp_path, word_counter):
     rows, report = build(tmp_path, "fast_math_r1_sft", sft_sources(), *FLAGS)
     first = [(tmp_path / name).read_bytes() for name in ("out.jsonl", "out.jsonl.report.json")]
     build(tmp_path, "fast_math_r1_sft", sft_sources(), *FLAGS)
-    assert first == [(tmp_path / name).read_bytes() for name in ("out.jsonl", "out.jsonl.report.json")]
-    assert build(tmp_path, "fast_math_r1_sft", sft_sources(), *FLAGS, output="out.parquet")[0] == rows
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "temporary files left behind"
+    assert first == [
+        (tmp_path / name).read_bytes() for name in ("out.jsonl", "out.jsonl.report.json")
+    ]
+    assert (
+        build(tmp_path, "fast_math_r1_sft", sft_sources(), *FLAGS, output="out.parquet")[0] == rows
+    )
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_draw_is_stable_seeded_and_uniform():
-    keys = {number: data.digest(f"problem {number}") for number in range(2000)}
-    drawn = {keys[number] for number in data.draw(keys, 500, 2025, "a")}
+    keys = {number: build_data.digest(f"problem {number}") for number in range(2000)}
+    drawn = {keys[number] for number in build_data.draw(keys, 500, 2025, "a")}
     assert len(drawn) == 500
     turned = {1999 - number: key for number, key in keys.items()}
-    assert {turned[number] for number in data.draw(turned, 500, 2025, "a")} == drawn, (
+    assert {turned[number] for number in build_data.draw(turned, 500, 2025, "a")} == drawn, (
         "the order of the source does not matter"
     )
-    assert {keys[number] for number in data.draw(keys, 500, 1, "a")} != drawn
-    assert {keys[number] for number in data.draw(keys, 500, 2025, "b")} != drawn
-    more = keys | {number: data.digest(f"problem {number}") for number in range(2000, 2100)}
-    kept = {more[number] for number in data.draw(more, 500, 2025, "a")} & drawn
+    assert {keys[number] for number in build_data.draw(keys, 500, 1, "a")} != drawn
+    assert {keys[number] for number in build_data.draw(keys, 500, 2025, "b")} != drawn
+    more = keys | {number: build_data.digest(f"problem {number}") for number in range(2000, 2100)}
+    kept = {more[number] for number in build_data.draw(more, 500, 2025, "a")} & drawn
     assert len(kept) > 450, "a few more rows replace a few"
-    halves = [sum(number < 1000 for number in data.draw(keys, 500, seed, "a")) for seed in range(20)]
+    halves = [
+        sum(number < 1000 for number in build_data.draw(keys, 500, seed, "a")) for seed in range(20)
+    ]
     assert abs(sum(halves) / len(halves) - 250) < 15
-    assert len(data.draw(keys, 0, 2025, "a")) == len(data.draw(keys, 9999, 2025, "a")) == 2000
+    assert (
+        len(build_data.draw(keys, 0, 2025, "a"))
+        == len(build_data.draw(keys, 9999, 2025, "a"))
+        == 2000
+    )
 
 
 def test_drawing_b_from_the_remainder_of_a(tmp_path, word_counter):
-    openr1 = [openr1_row(number, [True, True, True, False]) for number in range(40)]  # all pass a and b
-    sources = {"openr1_math": openr1, "openr1_hard": [openr1_row(99, [True])], "light_r1": [light_row("x", trace(2))]}
+    openr1 = [openr1_row(number, [True, True, True, False]) for number in range(40)]  # pass a and b
+    sources = {
+        "openr1_math": openr1,
+        "openr1_hard": [openr1_row(99, [True])],
+        "light_r1": [light_row("x", trace(2))],
+    }
     flags = (*FLAGS, "--a_rows", 10, "--b_rows", 20)
     rows, report = build(tmp_path, "fast_math_r1_sft", sources, *flags)
     kept = {name: part["kept"] for name, part in report["sources"].items()}
     assert (kept["openr1_long"], kept["openr1_moderate"]) == (10, 20)
-    rows, report = build(tmp_path, "fast_math_r1_sft", sources, *flags, "--a_b_overlap", "independent")
+    rows, report = build(
+        tmp_path, "fast_math_r1_sft", sources, *flags, "--a_b_overlap", "independent"
+    )
     kept = {name: part["kept"] for name, part in report["sources"].items()}
     assert kept["openr1_long"] == 10 and kept["openr1_moderate"] < 20, (
         "independent draws overlap and deduplication takes b's copies"
@@ -255,9 +304,18 @@ def test_grpo_set(tmp_path, word_counter):
 
 def test_open_rs_sets(tmp_path):
     def row(name, number, answer):
-        return {"problem": f"{name} problem {number}", "solution": f"thus \\boxed{{{number}}}", "answer": answer}
+        return {
+            "problem": f"{name} problem {number}",
+            "solution": f"thus \\boxed{{{number}}}",
+            "answer": answer,
+        }
 
-    s1 = [row("s1", 0, "0"), row("s1", 1, None), row("s1", 2, 2.0), {"problem": None, "solution": "", "answer": "1"}]
+    s1 = [
+        row("s1", 0, "0"),
+        row("s1", 1, None),
+        row("s1", 2, 2.0),
+        {"problem": None, "solution": "", "answer": "1"},
+    ]
     rows, report = build(tmp_path, "open_rs1", {"open_s1": s1})
     assert [(row["answer"], row["solution"]) for row in rows] == [
         ("0", "thus \\boxed{0}"),
@@ -266,12 +324,18 @@ def test_open_rs_sets(tmp_path):
     ]
     assert report["sources"]["open_s1"]["dropped"] == {"no problem text": 1}
     assert len(build(tmp_path, "open_rs2", {"open_rs": s1[:2]})[0]) == 2
-    hard = [row("deep", i, str(i)) for i in range(3500)]  # more than are drawn: the rest is not easy for that
+    hard = [row("deep", i, str(i)) for i in range(3500)]  # more than are drawn
     raw = [row("deep", i, str(i)) for i in range(3503)]
     rows, _ = build(
-        tmp_path, "open_rs2", {"open_s1": s1, "open_deepscaler": hard, "deepscaler": raw}, "--open_rs2_from", "parts"
+        tmp_path,
+        "open_rs2",
+        {"open_s1": s1, "open_deepscaler": hard, "deepscaler": raw},
+        "--open_rs2_from",
+        "parts",
     )
-    assert {row["problem"] for row in rows if row["level"] == "Easy"} == {f"deep problem {3500 + i}" for i in range(3)}
+    assert {row["problem"] for row in rows if row["level"] == "Easy"} == {
+        f"deep problem {3500 + i}" for i in range(3)
+    }
     assert sum(row["level"] == "Hard" for row in rows) == 3000 + 3
 
 
@@ -295,7 +359,7 @@ def test_open_rs_sets(tmp_path):
     ],
 )
 def test_gold_text(value, text):
-    assert data.gold_text(value) == text
+    assert build_data.gold_text(value) == text
 
 
 def test_rows_that_no_recipe_can_use_are_counted(tmp_path):
@@ -307,14 +371,13 @@ def test_rows_that_no_recipe_can_use_are_counted(tmp_path):
         + b"\n"
     )
     arguments = [
-        "--recipe",
         "fast_math_r1_grpo",
         "--output",
         str(tmp_path / "o.jsonl"),
         "--light_r1",
         str(tmp_path / "light.jsonl"),
     ]
-    data.build(data.build_parser().parse_args(arguments))
+    build_data.build(build_data.make_parser().parse_args(arguments))
     report = json.loads((tmp_path / "o.jsonl.report.json").read_text())
     assert report["sources"]["light_r1_stage2"] == {
         "rows": 5,
@@ -322,45 +385,70 @@ def test_rows_that_no_recipe_can_use_are_counted(tmp_path):
         "dropped": {
             "conversations is not a question and an answer": 1,
             "not JSON": 1,
-            "not UTF-8": 1,
-            "half a surrogate pair in a text": 1,
+            "not UTF-8": 2,  # half a surrogate pair is no text either
         },
     }
 
 
 def test_command_line_refuses_in_one_line(tmp_path, demo):
-    build_command = [sys.executable, ROOT / "data.py", "build", "--recipe", "fast_math_r1_grpo"]
+    build_command = [sys.executable, ROOT / "recipes/build_data.py", "fast_math_r1_grpo"]
     light = write(tmp_path / "light.json", [light_row("x", "no box")])
+    (tmp_path / "empty").mkdir()
     for flags, words in [
         (["--output", tmp_path / "o.csv"], ".jsonl or .parquet"),
         (["--output", tmp_path / "o.jsonl", "--light_r1", tmp_path / "absent.json"], "absent.json"),
         (["--output", tmp_path / "o.jsonl", "--light_r1", light], "no row is left"),
-        (["--output", tmp_path / "o.jsonl", "--light_r1", light, "--benchmark_dir", tmp_path / "nothing"], "nothing"),
+        (
+            [
+                "--output",
+                tmp_path / "o.jsonl",
+                "--light_r1",
+                light,
+                "--benchmarks",
+                tmp_path / "empty",
+            ],
+            "in it",
+        ),
+        (
+            ["--output", tmp_path / "o.jsonl", "--light_r1", light, "--benchmarks", "amc"],
+            "'amc' is",
+        ),
     ]:
         done = run(*build_command, *flags)
-        assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr, (
+            done.stderr
+        )
         assert not list(tmp_path.glob("o.*")), "a failed build leaves nothing behind"
     done = run(*build_command, "--output", tmp_path / "o.jsonl", "--dry_run")
-    assert done.returncode == 0 and "stage2-3k.json" in done.stdout and not (tmp_path / "o.jsonl").exists()
+    assert (
+        done.returncode == 0
+        and "stage2-3k.json" in done.stdout
+        and not (tmp_path / "o.jsonl").exists()
+    )
 
 
 def test_real_tokenizer_counts(demo, tokenizer):
-    count = data.token_counter(str(demo / "base"))
+    count = build_data.token_counter(str(demo / "base"))
     texts = ["a=1, b=2", "", "Let a=3."]
-    assert count(texts) == [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    with pytest.raises(data.DataError, match="--tokenizer"):
-        data.token_counter(str(demo / "nowhere"))
+    assert count(texts) == [
+        len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts
+    ]
+    with pytest.raises(DataError, match="--tokenizer"):
+        build_data.token_counter(str(demo / "nowhere"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Decontamination
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 WALK = (
-    "Every morning Aya goes for a $9$-kilometer-long walk and stops at a coffee shop afterwards. When she walks at "
-    "a constant speed of $s$ kilometers per hour, the walk takes her 4 hours."
+    "Every morning Aya goes for a $9$-kilometer-long walk and stops at a coffee shop afterwards. "
+    "When she walks at a constant speed of $s$ kilometers per hour, the walk takes her 4 hours."
 )
 SHORT_SUM = "Compute $3+4$."
-ENDING = "can be written as $\\frac{m}{n}$, where $m$ and $n$ are relatively prime positive integers. Find $m+n$."
+ENDING = (
+    "can be written as $\\frac{m}{n}$, where $m$ and $n$ are relatively prime positive integers. "
+    "Find $m+n$."
+)
 BENCHMARK = [
     WALK,
     SHORT_SUM,
@@ -374,7 +462,10 @@ BENCHMARK = [
     [
         (WALK, 0),
         (WALK.upper().replace("$", ""), 0),
-        ("A contest: every morning Aya goes for a 9 - kilometer - long walk and stops at a coffee shop.", 0),
+        (
+            "A contest: every morning Aya goes for a 9 - kilometer - long walk and stops at a shop",
+            0,
+        ),
         ("COMPUTE  $3 + 4$", 1),
         ("Find \\(\\frac{1}{2}+x\\) if \\[x=5\\].", 2),
         ("find $\\tfrac{1}{2}+x$ if $x=5$.", 2),
@@ -383,29 +474,33 @@ BENCHMARK = [
         ("Every morning Aya goes for a 9 kilometer long walk and stops", None),  # 12 words
         ("Every morning Aya goes for a 9 kilometer long walk and stops at", 0),  # 13 words
         ("Every morning Bob goes for a 9 kilometer long walk and stops at a shop", None),
-        ("The radius of the smaller circle " + ENDING, None),  # the stock ending of a contest is no copy
+        ("The radius of the smaller circle " + ENDING, None),  # a stock ending is no copy
         ("The frog's chance to drown " + ENDING, 3),
         ("", None),
         ("...", None),
     ],
 )
 def test_planted_overlaps_are_found_and_near_misses_left(problem, benchmark):
-    (hit,) = data.contamination([problem], BENCHMARK)
+    hit = build_data.overlap(problem, build_data.benchmark_index(BENCHMARK))
     assert (hit and hit[0]) == benchmark
 
 
 def test_texts_without_words_are_no_copies_of_each_other():
-    assert data.contamination(["?!", "  "], ["...", ""]) == [None, None]
+    index = build_data.benchmark_index(["...", ""])
+    assert [build_data.overlap(text, index) for text in ("?!", "  ")] == [None, None]
 
 
 def test_words_and_position_do_not_matter():
     words = [f"word{i}" for i in range(60)]
     benchmark = " ".join(words)
+    index = build_data.benchmark_index([benchmark])
     for start in (0, 20, 47):
         shared = " ".join(words[start : start + 13])
-        assert data.contamination([f"before that {shared} and after"], [benchmark])[0][1] == shared
-    assert data.contamination([" ".join(words[:12]) + " other " + " ".join(words[13:25])], [benchmark]) == [None]
-    assert data.contamination([" ".join(words[:12]) + " other"], [benchmark], n=8) != [None]
+        assert build_data.overlap(f"before that {shared} and after", index) == (0, shared)
+    broken = " ".join(words[:12]) + " other " + " ".join(words[13:25])
+    assert build_data.overlap(broken, index) is None
+    index = build_data.benchmark_index([benchmark], n=8)
+    assert build_data.overlap(" ".join(words[:12]) + " other", index, n=8) is not None
 
 
 def test_build_removes_and_lists_overlaps(tmp_path, word_counter):
@@ -420,28 +515,58 @@ def test_build_removes_and_lists_overlaps(tmp_path, word_counter):
         light_row("compute $3 + 4$", trace(1)),
         light_row("ok", trace(1)),
     ]
-    rows, report = build(tmp_path, "fast_math_r1_grpo", {"light_r1": light}, "--benchmark_dir", benchmarks)
+    rows, report = build(
+        tmp_path, "fast_math_r1_grpo", {"light_r1": light}, "--benchmarks", benchmarks
+    )
     assert [row["problem"] for row in rows] == ["fine", "ok"]
     assert report["benchmark_problems"] == 3
-    assert [(hit["row"], hit["benchmark"]) for hit in report["contaminated"]] == [(1, "walks:1"), (2, "sums:0")]
+    assert [(hit["row"], hit["benchmark"]) for hit in report["contaminated"]] == [
+        (1, "walks:1"),
+        (2, "sums:0"),
+    ]
     assert report["sources"]["light_r1_stage2"]["dropped"] == {"overlaps with a benchmark": 2}
 
 
-def test_guard_warns_at_load_time(tmp_path, capsys):
+def check(capsys, file, *flags):
+    """(rows that overlap, what is printed) of `build_data.py check`."""
+    args = build_data.make_parser().parse_args(["check", str(file), *map(str, flags)])
+    return build_data.check(args), capsys.readouterr().out
+
+
+def test_check_counts_and_names_the_overlaps(tmp_path, capsys):
     benchmarks = tmp_path / "benchmarks"
     benchmarks.mkdir()
     write(benchmarks / "walks.json", [{"problem": WALK}])
-    train = write(
-        tmp_path / "train.jsonl", [{"problem": "fine"}, {"problem": WALK}, light_row(WALK, "x"), {"problem": 3}, {}]
+    rows = [
+        {"problem": "fine"},
+        {"problem": WALK},
+        light_row(WALK, "x"),
+        {"problem": 3},
+        {},
+        {"prompt": [{"role": "user", "content": WALK}]},
+    ]
+    train = write(tmp_path / "train.jsonl", rows)
+    count, printed = check(capsys, train, "--benchmarks", benchmarks)
+    assert count == 3 and printed.startswith("OVERLAP: 3 of 4 problems of ")
+    assert "2 rows without one, 1 benchmark problems" in printed
+    assert "row 1 is walks:0" in printed and "row 5 is walks:0" in printed
+    count, printed = check(
+        capsys, write(tmp_path / "ok.jsonl", rows[:1]), "--benchmarks", benchmarks
     )
-    assert data.warn_of_contamination(str(train), str(benchmarks)) == 2
-    printed = capsys.readouterr()
-    assert (
-        "WARNING" in printed.err and "2 rows" in printed.err and "row 1 is walks:0" in printed.err and printed.out == ""
-    )
-    assert data.warn_of_contamination("demo", str(benchmarks)) == 0
-    assert "none overlaps" in capsys.readouterr().out
-    assert data.warn_of_contamination(str(train), "") == 0
-    assert "not checked" in capsys.readouterr().out
-    with pytest.raises(data.DataError, match="nowhere"):
-        data.warn_of_contamination(str(train), str(tmp_path / "nowhere.json"))
+    assert count == 0 and printed.startswith("no overlap: 1 problems of ")
+    with pytest.raises(DataError, match="none of 2 rows has a text in column 'problem'"):
+        check(capsys, write(tmp_path / "x.jsonl", rows[3:5]), "--benchmarks", benchmarks)
+    with pytest.raises(DataError, match="is no folder and none of aime24, .*; hub is all of these"):
+        check(capsys, train, "--benchmarks", "aime24,nowhere")
+
+
+def test_check_exits_with_an_error_for_an_overlap(tmp_path):
+    folder = tmp_path / "exam"
+    folder.mkdir()
+    write(folder / "sums.jsonl", [{"question": SHORT_SUM}])
+    command = [sys.executable, ROOT / "recipes/build_data.py", "check"]
+    for rows, status in ([{"problem": "fine"}], 0), ([{"problem": "compute $3 + 4$."}], 1):
+        file = write(tmp_path / "train.jsonl", rows)
+        done = run(*command, file, "--benchmarks", folder)
+        assert done.returncode == status, done.stderr
+        assert ("OVERLAP: 1 of 1 problems" in done.stdout) == bool(status)

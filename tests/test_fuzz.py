@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gzip
 import io
 import json
 import random
@@ -86,72 +87,94 @@ def any_line(rng):
     return text
 
 
-def documents_and_problems(path, tokenizer, cfg):
-    """What both trainers do with a data set; every row is either kept or counted under a reason."""
-    with one_line_or_nothing(path.read_bytes()[:300]):
-        documents, report = data.tokenize_rows(data.iterate_rows(str(path)), tokenizer, 512)
-        assert report["rows"] == len(documents) + sum(report["dropped"].values())
-        assert all(reason and "\n" not in reason for reason in report["dropped"])
-    with one_line_or_nothing(path.read_bytes()[:300]):
-        problems, dropped = train_grpo.load_problems(str(path), "train", tokenizer, cfg)
-        assert problems
+@pytest.fixture
+def use(tokenizer, tmp_path, monkeypatch):
+    """What both trainers do with a data set; every row is kept, or counted under a reason."""
+    monkeypatch.setattr(data, "MAX_MALFORMED", 1.0)
 
+    def accounted(found, kept):
+        assert found.rows == len(kept) + sum(found.dropped.values()) and kept
+        assert all(reason and "\n" not in reason for reason in found.dropped)
 
-@pytest.fixture(scope="module")
-def cfg():
-    return train_grpo.GRPOConfig(system_prompt="none", max_malformed=1.0)
+    def use(path):
+        with one_line_or_nothing(path.read_bytes()[:300]):
+            found = data.load_documents(str(path), tokenizer, 512, cache_dir=tmp_path / "cache")
+            accounted(found, found.documents)
+        with one_line_or_nothing(path.read_bytes()[:300]):
+            found = data.load_problems(str(path), tokenizer, rewards.gold_answer)
+            accounted(found, found.problems)
+
+    return use
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_random_json_lines(seed, tmp_path, tokenizer, cfg):
+def test_random_json_lines(seed, tmp_path, use):
     rng = random.Random(seed)
     for case in range(20):
         path = tmp_path / f"{case}.jsonl"
         path.write_bytes(b"\n".join(any_line(rng) for _ in range(rng.randint(1, 8))))
-        documents_and_problems(path, tokenizer, cfg)
+        use(path)
 
 
-def test_random_json_files(tmp_path, tokenizer, cfg):
+def test_random_json_files(tmp_path, use):
     rng = random.Random(1)
     for case in range(60):
         path = tmp_path / f"{case}.json"
         rows = [any_row(rng) for _ in range(rng.randint(0, 4))]
         text = json.dumps(rows if rng.random() < 0.7 else any_value(rng)).encode()
         path.write_bytes(text[:rng.randint(0, len(text))] if rng.random() < 0.3 else text)
-        documents_and_problems(path, tokenizer, cfg)
-    for deep in (b"[" * 200_000, b'{"a":' * 200_000, b"", b"\xff\xfe[]", b"\xef\xbb\xbf[]", b"1" * 10_000):
+        use(path)
+    for deep in (b"[" * 200_000, b'{"a":' * 200_000, b"", b"\xff\xfe[]", b"\xef\xbb\xbf[]",
+                 b"1" * 10_000):
         path.write_bytes(deep)
-        documents_and_problems(path, tokenizer, cfg)
+        use(path)
 
 
-def test_damaged_parquet(tmp_path, tokenizer, cfg):
+def test_random_csv_files(tmp_path, use):
+    rng = random.Random(5)
+    pieces = ["1+1", ",", '"', "\n", "\r", "\x00", "2", "x" * 200_000, "é", "\ufeff", ";"]
+    for case in range(60):
+        path = tmp_path / f"{case}.csv"
+        text = "problem,generation,answer\n" + "".join(rng.choices(pieces, k=rng.randint(0, 30)))
+        content = text.encode(rng.choice(["utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1"]),
+                              "replace")
+        path.write_bytes(content[:rng.randint(0, len(content))] if case % 4 == 0 else content)
+        use(path)
+
+
+def test_damaged_parquet_and_gzip(tmp_path, use):
     import pyarrow
     import pyarrow.parquet
 
     rng, good = random.Random(2), tmp_path / "good.parquet"
-    rows = [{"problem": f"{i}+1", "generation": f"\\boxed{{{i + 1}}}", "answer": str(i + 1)} for i in range(50)]
+    rows = [{"problem": f"{i}+1", "generation": f"\\boxed{{{i + 1}}}", "answer": str(i + 1)}
+            for i in range(50)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), good)
-    content = good.read_bytes()
-    for case in range(12):
-        damaged = bytearray(content[:rng.randrange(len(content))] if case % 2 else content)
-        for _ in range(0 if case % 2 else 20):
-            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
-        path = tmp_path / f"{case}.parquet"
-        path.write_bytes(damaged)
-        documents_and_problems(path, tokenizer, cfg)
-    columns = [1, 2], [None, None], [[1], []], [{"a": 1}, None], [b"\xff", b""], [1.5, float("nan")]
+    packed = gzip.compress("\n".join(map(json.dumps, rows)).encode())
+    for ending, content in (("parquet", good.read_bytes()), ("jsonl.gz", packed)):
+        for case in range(12):
+            damaged = bytearray(content[:rng.randrange(len(content))] if case % 2 else content)
+            for _ in range(0 if case % 2 else 20):
+                damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+            path = tmp_path / f"{case}.{ending}"
+            path.write_bytes(damaged)
+            use(path)
+    columns = ([1, 2], [None, None], [[1], []], [{"a": 1}, None], [b"\xff", b""],
+               [1.5, float("nan")], pyarrow.array([1.5, None], pyarrow.float32()))
     for number, column in enumerate(columns):
         path = tmp_path / f"types{number}.parquet"
-        pyarrow.parquet.write_table(pyarrow.table({"problem": column, "generation": column, "answer": column}), path)
-        documents_and_problems(path, tokenizer, cfg)
+        table = {"problem": column, "generation": column, "answer": column}
+        pyarrow.parquet.write_table(pyarrow.table(table), path)
+        use(path)
 
 
-def test_rows_of_ten_megabytes(tmp_path, tokenizer, cfg):
+def test_rows_of_ten_megabytes(tmp_path, use):
     path, large = tmp_path / "large.jsonl", "x" * 10_000_000
     rows = [{"problem": "1+1", "generation": large}, {"problem": large[:1_000_000], "answer": "2"},
-            {"problem": "1+1", "answer": "\\frac" * 2_000_000}, {"problem": "1+1", "generation": "2", "answer": "2"}]
+            {"problem": "1+1", "answer": "\\frac" * 2_000_000},
+            {"problem": "1+1", "generation": "2", "answer": "2"}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    documents_and_problems(path, tokenizer, cfg)
+    use(path)
 
 
 TEMPLATES = ["", "{{", "{% for %}", "{{ 1/0 }}", "{{ messages[99].content }}", "{{ missing.attribute.of }}", "no roles",
@@ -169,7 +192,7 @@ def test_templates(number, tmp_path, demo):
     path.write_text(TEMPLATES[number])
     with one_line_or_nothing(TEMPLATES[number]):
         data.set_chat_template(tokenizer, str(path))
-        data.tokenize_rows(data.iterate_rows("demo:test"), tokenizer, 512)
+        data.load_documents(str(demo / "test.jsonl"), tokenizer, 512, cache_dir=tmp_path)
 
 
 def test_template_files_that_are_no_text(tmp_path, tokenizer):

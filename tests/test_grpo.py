@@ -3,19 +3,16 @@
 import contextlib
 import json
 import math
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, run, torchrun, wait_for
+from conftest import ROOT, read_rows, run, start, torchrun, wait_for
 
-import data
 import train_grpo
 
 LENGTH_REWARD = '''
@@ -26,11 +23,11 @@ def short(completion, answer):
 
 
 def flags(demo, output, **options):
-    options = {"model_name_or_path": demo / "base", "dataset": "demo:rl", "system_prompt": "none", "output_dir": output,
+    options = {"model_name_or_path": demo / "base", "dataset": demo / "rl.jsonl", "system_prompt": "none", "output_dir": output,
                "max_prompt_length": 128, "max_completion_length": 24, "num_prompts_per_step": 4, "num_generations": 4,
                "max_steps": 4, "learning_rate": "2e-3", "beta": 0, "top_p": 1, "min_p": 0,
                "reward_funcs": f"{demo / 'reward.py'}:short", "activation_checkpointing": "none",
-               "save_dtype": "float32", "save_steps": 2, "sync_dir": output.parent, **options}
+               "save_steps": 2, "sync_dir": output.parent, **options}
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
 
@@ -40,11 +37,11 @@ def reward_file(demo):
 
 
 def metrics(output):
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(output / "metrics.jsonl")
 
 
 def rollouts(output, step):
-    return [json.loads(line) for line in (output / f"rollouts/step-{step:06d}.jsonl").read_text().splitlines()]
+    return read_rows(output / f"rollouts/step-{step:06d}.jsonl")
 
 
 def engines_of(text):
@@ -58,19 +55,12 @@ def engines_of(text):
     return found
 
 
-def start(script, *arguments):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
-                "--rdzv_endpoint", "localhost:0"]
-    return subprocess.Popen([*launcher, str(ROOT / script), *arguments], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-
-
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory, demo):
     """Two ranks, twelve steps, undisturbed."""
     output = tmp_path_factory.mktemp("grpo") / "learned"
     done = torchrun("train_grpo.py", *flags(demo, output, max_steps=12, dynamic_sampling_rounds=1,
-                                            eval_dataset="demo:test", eval_steps=12, eval_num_samples=1), timeout=600)
+                                            eval_dataset=demo / "test.jsonl", eval_steps=12, eval_num_samples=1), timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return output
 
@@ -90,16 +80,20 @@ def test_the_reward_rises_and_everything_is_logged(learned):
         assert abs(row["update/ratio"] - 1) < 1e-6
 
 
-def test_every_completion_is_stored_and_no_prompt_is_repeated_or_skipped(learned, tokenizer):
-    seen, rows = [], data.demo_rows("rl")
+def test_every_completion_is_stored_and_no_prompt_is_repeated_or_skipped(learned, demo, tokenizer):
+    seen, rows = [], read_rows(demo / "rl.jsonl")
     for step in range(1, 13):
         completions = rollouts(learned, step)
         assert len(completions) == 16 and {c["version"] for c in completions} == {step - 1}
         for c in completions:
             assert c["problem"] == rows[c["row"]]["problem"] and c["answer"] == rows[c["row"]]["answer"]
-            assert tokenizer.decode(c["token_ids"], skip_special_tokens=True) == c["text"]
-            assert c["length"] == len(c["token_ids"])
-            assert (c["finish_reason"] == "stop") == (c["token_ids"][-1] == tokenizer.eos_token_id)
+            stopped = c["token_ids"][-1] == tokenizer.eos_token_id
+            assert (c["finish_reason"] == "stop") == stopped and c["length"] == len(c["token_ids"])
+            assert c["text"] == tokenizer.decode(c["token_ids"][:-1] if stopped else c["token_ids"])
+            for name in ("rollout_logprobs", "logprobs", "entropy"):
+                assert len(c[name]) == c["length"]
+            assert c["logprobs"] == pytest.approx(c["rollout_logprobs"], abs=2e-4) and min(c["entropy"]) > 0
+            assert c["weight"] == 1 / c["length"]
             assert c["reward"] == c["rewards"]["short"] == max(0.0, 1 - len(c["text"]) / 40)
         groups = [[c for c in completions if c["prompt_index"] == p] for p in range(4)]
         for group in groups:
@@ -108,7 +102,7 @@ def test_every_completion_is_stored_and_no_prompt_is_repeated_or_skipped(learned
         seen += [group[0]["row"] for group in groups]
     assert len(set(seen)) == len(seen)
     replaced = int(sum(row["dynamic_sampling/replaced"] for row in metrics(learned)))
-    assert set(seen) <= set(train_grpo.prompts_at(len(rows), 0, len(seen) + replaced, seed=42))
+    assert set(seen) <= set(train_grpo.prompts_at(range(len(rows)), range(len(seen) + replaced), seed=42))
 
 
 def test_final_loads_in_transformers(learned):
@@ -140,7 +134,7 @@ def test_a_killed_engine_changes_nothing(tmp_path, demo):
     assert len(results[1][1]) == 64
 
 
-def test_a_killed_trainer_leaves_no_engine_and_resumes(tmp_path, demo, learned):
+def test_a_killed_trainer_leaves_no_engine_and_resumes(tmp_path, demo):
     output = tmp_path / "run"
     arguments = flags(demo, output, max_steps=6, lr_horizon=6)
     process = start("train_grpo.py", *arguments)
@@ -158,49 +152,48 @@ def test_a_killed_trainer_leaves_no_engine_and_resumes(tmp_path, demo, learned):
     done = torchrun("train_grpo.py", *arguments, "--resume", "True", timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["step"] for row in metrics(output)] == [1, 2, 3, 4, 5, 6]
-    order = train_grpo.prompts_at(len(data.demo_rows("rl")), 0, 24, seed=42)
-    problems = [row["problem"] for row in data.demo_rows("rl")]
+    problems = [row["problem"] for row in read_rows(demo / "rl.jsonl")]
+    order = train_grpo.prompts_at(problems, range(24), seed=42)
     for step in range(1, 7):
         rows = rollouts(output, step)
-        assert [rows[4 * p]["problem"] for p in range(4)] == [problems[i] for i in order[4 * step - 4:4 * step]]
+        assert [rows[4 * p]["problem"] for p in range(4)] == order[4 * step - 4:4 * step]
         assert {r["version"] for r in rows} == {step - 1}
         if step in before:
             assert rows == before[step]
 
 
 def test_a_stale_engine_is_caught(tmp_path, demo):
-    """The probe of publish() against an engine that skips the reload, and against one that reloads an old folder."""
+    """The probe of sync_weights against an engine that skips the reload, and against one that has honest news."""
     script = tmp_path / "stale.py"
     script.write_text(f"""
-import sys, torch
+import sys, numpy, torch
 sys.path.insert(0, {str(ROOT)!r})
-import model as policy_lib, rollout, train_grpo
+from data import collate
+from model import RankFailure, exit_process, load_policy, named_weights, setup_distributed
+from rollout import Engine, sync_weights
 if __name__ == "__main__":
-    cfg = train_grpo.GRPOConfig(sync_dir={str(tmp_path)!r}, output_dir={str(tmp_path / "out")!r})
-    ctx = policy_lib.setup_distributed(5)
-    model = policy_lib.load_policy({str(demo / "base")!r}, ctx)
-    engine = rollout.Engine({str(demo / "base")!r}, max_model_len=128, dtype="float32",
-                            log_file={str(tmp_path / "engine.log")!r})
-    probe = list(range(10, 60))
-    sync = train_grpo.publish(model, engine, ctx, probe, None, 0, cfg)
-    load = engine.load_weights
-    for size, mischief in ((1e-2, "skipped"), (1e-5, "skipped"), (0.0, "unchanged"), (1e-2, "honest"),
-                           (1e-5, "honest")):
+    ctx = setup_distributed(5)
+    model = load_policy({str(demo / "base")!r}, ctx)
+    engine = Engine({str(demo / "base")!r}, max_model_len=128, dtype="float32",
+                    log_file={str(tmp_path / "engine.log")!r})
+    ids = list(range(10, 60))
+    batch = collate([{{"ids": numpy.array(ids), "mask": numpy.ones(50)}}])
+    folder, load = {str(tmp_path / "sync")!r}, engine.load_weights
+    probe = dict(token_ids=ids, batch=batch, tolerance=1e-3)
+    probe = sync_weights(model, engine, ctx, folder, 0, probe)
+    cases = ((1e-2, "skipped"), (1e-5, "skipped"), (0.0, "unchanged"), (1e-2, "honest"), (1e-5, "honest"))
+    for version, (size, case) in enumerate(cases, 1):
         with torch.no_grad():
-            for _, parameter in policy_lib.named_weights(model):
+            for _, parameter in named_weights(model):
                 parameter.to_local().add_(size * torch.randn_like(parameter.to_local()))
-        engine.load_weights = load if mischief in ("honest", "unchanged") else lambda folder, version: None
+        engine.load_weights = load if case != "skipped" else lambda folder, version: None
         try:
-            new = train_grpo.publish(model, engine, ctx, probe, sync, sync.get("version", 0) + 1, cfg)
-            new["version"] = sync.get("version", 0) + 1
-            sync = new
-            print(mischief, size, "accepted", new["gap"] < 1e-4, flush=True)
-        except policy_lib.RankFailure as error:
-            print(mischief, size, "caught", str(error)[:400], flush=True)
-            with torch.no_grad():
-                sync = {{**sync, "version": sync.get("version", 0) + 1}}
+            probe = sync_weights(model, engine, ctx, folder, version, probe)
+            print(case, size, "accepted", probe["gap"] < 1e-4, flush=True)
+        except RankFailure as error:
+            print(case, size, "caught", str(error)[:400], flush=True)
     engine.close()
-    policy_lib.exit_process(0)
+    exit_process(0)
 """)
     done = run(sys.executable, script)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -211,32 +204,24 @@ if __name__ == "__main__":
     assert re.search(r"mean probe log-prob -\d.* in the engine, -\d.* in the trainer", lines[0])
 
 
-def test_mismatch_counts_masked_in_tokens_only():
-    import torch
-
-    sums, largest = train_grpo.mismatch(
-        torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.2, -2.0, 5.0]), torch.tensor([1.0, 0.5, 0.0]))
-    assert sums == pytest.approx([0.2, 1.0, 2.0]) and largest == pytest.approx(0.2)
-
-
-def test_faithful_flags_beta_iterations_and_cut_off_sampling_run(tmp_path, demo):
+def test_beta_iterations_and_cut_off_sampling_run(tmp_path, demo):
     """The options together: reference model, two iterations, sequence ratios, masked truncation, top_p and min_p."""
     output = tmp_path / "run"
-    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data.demo_rows("rl")[:2]))
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in read_rows(demo / "rl.jsonl")[:2]))
     done = torchrun("train_grpo.py", *flags(
         demo, output, dataset=tmp_path / "two.jsonl", beta=0.04, num_iterations=2,
         importance_sampling_level="sequence", loss_type="dapo",
         scale_rewards="batch", mask_truncated_completions="True", top_p=0.9, min_p=0.05, temperature=0.8,
-        reward_funcs="format,cosine,length,repetition,soft_overlong", length_unit="chars", length_scope="local_batch",
+        reward_funcs="format,cosine,length,repetition,soft_overlong",
         num_prompts_per_step=3, num_generations=3, max_steps=2, max_completion_length=200,
         max_tokens_per_microbatch=328))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "corrected by importance weights" in done.stdout
+    assert "weights up to 2.0" in done.stdout
     rows = metrics(output)
     assert 0 < rows[0]["completions/truncated"] < 1  # some are masked, some are trained on
     assert rows[0]["update/kl"] > 0 and "time/reference" in rows[0]  # of the second iteration
     assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
-    stored = rollouts(output, 1)  # three prompts out of two problems: the one that stands there twice is sampled anew
+    stored = rollouts(output, 1)  # three prompts out of two problems: the repeated one gets other answers
     assert len({row["problem"] for row in stored}) == 2 and len({tuple(row["token_ids"]) for row in stored}) == 9
     assert not list(tmp_path.glob("grpo-*"))  # the weights that were handed over are gone
 
@@ -264,8 +249,8 @@ def test_wrong_input_is_one_clear_line(flag, tmp_path, demo):
 
 
 @pytest.mark.parametrize(("flag", "value"), [
-    ("max_grad_norm", -1.0), ("adam_beta1", 1.0), ("adam_beta2", 1.5), ("train_fraction", 0.0), ("min_p", -0.1),
-    ("gpu_memory_utilization", 1.2), ("engine_start_timeout", 0), ("eval_num_samples", 0), ("weight_decay", -0.1)])
+    ("max_grad_norm", -1.0), ("adam_beta2", 1.5), ("temperature", 0.0), ("min_p", -0.1),
+    ("gpu_memory_utilization", 1.2), ("eval_num_samples", 0), ("weight_decay", -0.1)])
 def test_impossible_numbers_are_refused_by_name(flag, value):
     with pytest.raises(ValueError, match=f"--{flag} {value}"):
         train_grpo.check_config(train_grpo.GRPOConfig(**{flag: value}))
@@ -277,21 +262,15 @@ def test_dry_run_prints_the_plan(tmp_path, demo):
     assert done.returncode == 0 and "16 prompts x 8 answers = 128" in done.stdout and not (tmp_path / "run").exists()
 
 
-def test_unreadable_gold_answers_are_dropped_and_counted(tmp_path, tokenizer):
-    bad = [{"problem": "x", "answer": ""}, {"problem": "x", "answer": "\\frac{"}, {"problem": "", "answer": "1"},
-           {"problem": "x"}, {"problem": "x", "answer": float("inf")}]
-    rows = [*data.demo_rows("rl")[:5], *bad, {"problem": "x", "answer": 3.0}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    cfg = train_grpo.GRPOConfig(system_prompt="none", max_malformed=0.9)
-    problems, dropped = train_grpo.load_problems(str(tmp_path / "rows.jsonl"), "train", tokenizer, cfg)
-    assert [p.answer for p in problems] == [r["answer"] for r in rows[:5]] + ["3"]
-    assert sum(dropped.values()) == len(bad)
-    cfg.bad_gold_reward = 1.0  # as in the original, they stay and pay
-    problems, dropped = train_grpo.load_problems(str(tmp_path / "rows.jsonl"), "train", tokenizer, cfg)
-    assert [p.answer for p in problems[5:]] == ["", "\\frac{", "", "3"] and sum(dropped.values()) == 2
-    cfg.bad_gold_reward = None
-    with pytest.raises(data.DataError, match="more than --max_malformed"):
-        cfg.max_malformed = 0.01
-        train_grpo.load_problems(str(tmp_path / "rows.jsonl"), "train", tokenizer, cfg)
+BROKEN_REWARDS = '''
+def broken(completion, answer):
+    raise KeyError("no such thing")
+'''
 
 
+def test_a_broken_reward_function_ends_the_run_and_pays_nobody(tmp_path, demo):
+    (tmp_path / "mine.py").write_text(BROKEN_REWARDS)
+    done = torchrun("train_grpo.py", *flags(demo, tmp_path / "run", reward_funcs=f"{tmp_path / 'mine.py'}:broken"))
+    assert done.returncode != 0 and "100% of the answers have no reward" in done.stderr, done.stderr[-2000:]
+    (row,) = metrics(tmp_path / "run")
+    assert row["grad_norm"] == 0 and row["grading/crash"] == 16

