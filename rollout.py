@@ -57,6 +57,7 @@ from model import max_over_ranks, raise_on_all_ranks, save_hf
 
 LOG_TAIL_LINES = 30  # lines of the engine's log quoted in an error
 KILL_SECONDS = 60  # how long a process may take to disappear after SIGKILL
+MODEL_INPUTS = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen", "targets")  # as in data.py
 # Mean log-prob gap allowed between engine and trainer, in nats, by the engine's dtype. float32:
 # 5e-6 was measured. bfloat16: a pretrained 135M model has 0.031 on the trainer's probe and 0.041
 # to 0.046 on single prompts; random other weights give 0.58 to 1.1.
@@ -161,17 +162,16 @@ def sync_weights(model, engine, ctx, folder, version, probe):
     Give every engine the policy's weights and prove that they arrived; collective.
 
     engine: this rank's Engine or None. folder: from clean_sync_folder. probe: a dict with
-    "token_ids" (S,) and "batch", the model's inputs (data.collate without columns); after the
-    first call, what the last one returned. Returns probe with fingerprint, engine_logprobs (S-1,),
-    gap and seconds filled in. Raises model.RankFailure on all ranks if a machine lacks space or an
-    engine is stale.
+    "token_ids" (S,), "batch", their data.collate, and "tolerance"; after the first call, what the
+    last one returned. Returns probe with fingerprint, engine_logprobs (S-1,), gap and seconds
+    filled in. Raises model.RankFailure on all ranks if a machine lacks space or an engine is stale.
     """
     started = time.perf_counter()
     torch.cuda.empty_cache()  # an engine that wakes up needs what torch has cached (CPU: no-op)
 
     # Publish. Every machine writes a copy, since /dev/shm is not shared, and every version into a
     # new folder: vLLM maps files, and has served old weights from a rewritten one (vllm#32718).
-    dtype = torch.float32 if ctx.device.type == "cpu" else torch.bfloat16
+    dtype = ctx.compute_dtype
     published = folder / f"version-{version:06d}"
     with raise_on_all_ranks(ctx, "publishing weights"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +186,8 @@ def sync_weights(model, engine, ctx, folder, version, probe):
 
     # Load, then score the probe on both sides.
     with torch.no_grad():
-        trainer_logprobs = model(**probe["batch"])[0][:-1].tolist()
+        inputs = {name: probe["batch"][name] for name in MODEL_INPUTS}
+        trainer_logprobs = model(**inputs)[0][:-1].tolist()
     engine_logprobs, gap = None, 0.0
     with raise_on_all_ranks(ctx, f"weight sync {version}"):
         if engine is not None:
@@ -194,8 +195,8 @@ def sync_weights(model, engine, ctx, folder, version, probe):
             engine_logprobs = engine.score(probe["token_ids"])
             changed = probe.get("fingerprint", fingerprint) != fingerprint
             stale_logprobs = probe["engine_logprobs"] if changed else None
-            tolerance = probe["tolerance"]
-            gap = check_probe(engine_logprobs, trainer_logprobs, tolerance, stale_logprobs)
+            gap = check_probe(
+                engine_logprobs, trainer_logprobs, probe["tolerance"], stale_logprobs)
 
     # Remove older versions: until now a restarted engine might have needed the previous one.
     with raise_on_all_ranks(ctx, "removing old weights"):
@@ -230,8 +231,8 @@ def check_probe(engine_logprobs, trainer_logprobs, tolerance, stale_logprobs=Non
             f"engine and trainer do not hold the same weights: {means} (largest "
             f"{max(differences):.3g}), tolerance {tolerance:.3g}. Look at sync/logprob_gap of the "
             "steps before: if it jumped, the engine loaded other weights or damaged files; if it "
-            "was near the tolerance from the start, vLLM computes this model differently (the "
-            "limit is rollout.PROBE_TOLERANCE). Nothing was sampled from this engine")
+            "was near the tolerance from the start, vLLM rounds differently in this model: raise "
+            "--probe_tolerance. Nothing was sampled from this engine")
     if stale_logprobs == engine_logprobs:
         raise StaleWeightsError(
             "the published weights changed, but the engine's probe did not change in a single bit: "
