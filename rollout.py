@@ -8,9 +8,8 @@ the sampler dies.
   1. One child process per engine, `python rollout.py --serve`: vLLM and the trainer both want
      torch's default process group, and a process can be killed and replaced, a library cannot.
      Requests and answers are JSON over a socket pair; stdout and stderr go to a log file.
-  2. Every sample is a request of its own with its own seed s(seed, step, place, sample), so a lost
-     sample can be drawn again. Groups are returned in the order in which they finish, so that
-     scoring overlaps with generation.
+  2. Every sample is a request with its own seed s(seed, step, place, sample), so a lost sample can
+     be drawn again. Groups are returned as they finish: scoring overlaps with generation.
   3. vLLM returns log q(y_t) of the distribution it sampled from: softmax(logits / temperature),
      then min_p, then top_p, renormalised. An importance weight needs these; those of the raw
      softmax (vLLM's default) differ wherever temperature or truncation changed a probability.
@@ -19,8 +18,8 @@ the sampler dies.
      numbers must have changed. Nobody samples before that.
   5. Self-healing: a dead or silent engine is killed and started again on the last complete
      weights, and only the missing samples are drawn again; at most max_restarts times.
-  6. Nothing survives the trainer: a guard process beside each engine kills the engine's process
-     group as soon as the trainer or the engine is gone, even after kill -9.
+  6. Nothing survives the trainer: a guard beside each engine kills the engine's process group as
+     soon as the trainer or the engine is gone, even after kill -9.
 
 Left out: weights over NCCL (a broadcast to a dead peer hangs without an error; a folder on
 /dev/shm costs seconds and can be inspected), HTTP servers, Ray, sampling during the update (its
@@ -276,10 +275,10 @@ class Engine:
     meanwhile. On a shared GPU make a request before the trainer allocates, or pass kv_cache_gb:
     vLLM sizes its KV cache by the memory that is free while it starts.
 
-    max_model_len: longest prompt + completion in tokens. devices: the engine's GPUs as local ranks
-    (None: vLLM chooses). gpu_memory_utilization, kv_cache_gb: share of each GPU, or GB of KV cache
-    instead (CPU: GB, 0.25). vocab_size: ids from here on, a padded vocabulary, are never sampled.
-    sleep_mode: allow sleep(). request_timeout: seconds that an engine may be silent.
+    max_model_len: longest prompt + completion. devices: GPUs as local ranks (None: vLLM chooses).
+    gpu_memory_utilization, kv_cache_gb: share of each GPU, or GB of KV cache instead (CPU: 0.25).
+    vocab_size: ids from here on, a padded vocabulary, are never sampled. sleep_mode: allow sleep().
+    request_timeout: seconds that an engine may be silent.
     Every method raises EngineError when the engine cannot start, refuses or died too often.
     """
 
@@ -327,22 +326,20 @@ class Engine:
 
         prompts: (P, length) token ids. seeds: (P, n). max_tokens: one for all, or one per prompt.
         stop: strings that end a completion and stay in it (needs the model folder's tokenizer).
-        The engine goes on while the caller works on a group. If it dies, the missing samples are
-        drawn again: the same tokens in fp32 on a CPU; in bf16 a near-tie may fall the other way,
-        with log-probs to match. An iterator that is not exhausted costs a restart of the engine.
-        Raises ValueError if shapes differ or a prompt and its max_tokens exceed max_model_len.
+        The engine goes on while the caller works on a group. Samples drawn again after a death have
+        the same tokens in fp32 on a CPU; in bf16 a near-tie may fall the other way. An iterator
+        that is not exhausted costs a restart. Raises ValueError if shapes or lengths do not fit.
         """
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
         if not len(prompts) == len(seeds) == len(limits) or any(len(row) != n for row in seeds):
             raise ValueError(
                 f"{len(prompts)} prompts need as many max_tokens (got {len(limits)}) and as many "
-                f"rows of n = {n} seeds (got {len(seeds)} of {[len(row) for row in seeds[:3]]}...)")
+                f"rows of seeds (got {len(seeds)}), each of n = {n}")
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
             if not prompt or limit < 1 or len(prompt) + limit > self.max_model_len:
                 raise ValueError(
                     f"prompt {index} has {len(prompt)} tokens and max_tokens {limit}: both must be "
-                    f"at least 1 and their sum at most max_model_len {self.max_model_len}; drop "
-                    "the prompt or lower --max_completion_length")
+                    f"at least 1 and their sum at most max_model_len {self.max_model_len}")
 
         sampling = dict(temperature=temperature, top_p=top_p, min_p=min_p, stop=stop)
         missing = {(p, s): None for p in range(len(prompts)) for s in range(n)}  # an ordered set
@@ -413,8 +410,8 @@ class Engine:
                 start_new_session=True)  # a process group of its own
 
     def _ask(self, request):
-        """Send a request when the engine is ready; returns the connection that will answer."""
-        if self.busy:  # an iterator of generate() was abandoned, or a wait was interrupted
+        """Send a request once the engine is ready; returns the connection that will answer."""
+        if self.busy:  # an iterator of generate() was abandoned, or a wait interrupted
             self._kill()
             self._start()
         if not self.ready:
@@ -477,9 +474,9 @@ class Engine:
 
 def child_environment(model_path, tensor_parallel_size, devices, on_cpu):
     """The environment of an engine: the trainer's without what would disturb vLLM."""
-    # torchrun's variables: vLLM would join the trainer's process group. Thread settings: they are
-    # the trainer's. Allocator settings: with expandable segments tensor parallelism dies at graph
-    # capture (vllm#42609). VLLM_PORT: all engines of a machine would take the same port.
+    # With torchrun's variables vLLM would join the trainer's process group, with VLLM_PORT all
+    # engines would take one port, and with expandable segments (ALLOC_CONF) tensor parallelism
+    # dies at graph capture (vllm#42609). Thread settings are the trainer's.
     unwanted = re.compile(
         r"RANK$|WORLD_SIZE$|(LOCAL|GROUP|ROLE|MASTER|TORCHELASTIC|TORCH_NCCL|OMP|GOMP|KMP)_|"
         r"PYTORCH_(CUDA_)?ALLOC_CONF$|VLLM_PORT$")
@@ -490,8 +487,7 @@ def child_environment(model_path, tensor_parallel_size, devices, on_cpu):
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if tensor_parallel_size == 1 else "1",
         # Forked workers would inherit the switched-off garbage collector, for good.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        # FlashInfer's sampler serves neither seeds nor processed log-probs, but its start-up may
-        # compile with nvcc.
+        # FlashInfer's sampler has neither seeds nor processed log-probs, and compiles with nvcc.
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         # Nothing listens beyond loopback, nothing is reported to anyone.
         "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo",

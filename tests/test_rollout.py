@@ -380,7 +380,7 @@ def test_kill_during_generation_loses_no_sample(engine, models):
 
 
 def test_restart_limit_and_an_engine_that_does_not_read(engine, models, monkeypatch):
-    """Stopped before a request larger than the socket's buffer: an error at the limit, or healed."""
+    """Stopped before a request larger than the socket's buffer: an error at the limit."""
     restarts, stopped = engine.restarts, engine.pid
     monkeypatch.setattr(engine, "max_restarts", restarts)
     stop_and_shorten_deadline(engine)
