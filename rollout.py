@@ -395,7 +395,7 @@ class Engine:
         ours, theirs = socket.socketpair()
         # One deadline: seconds that the engine may be silent while it starts, computes an answer
         # or is between two completions. (How long a whole rollout takes, nobody knows beforehand.)
-        seconds = struct.pack("ll", int(self.request_timeout), 0)
+        seconds = struct.pack("ll", max(1, int(self.request_timeout)), 0)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
         self.connection = Connection(ours.detach())
