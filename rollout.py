@@ -460,7 +460,9 @@ class Engine:
         self._start()
 
     def _kill(self):
-        self.process.kill()  # its guard kills the rest of the process group
+        # The guard kills the rest of the process group. With tensor parallelism some MB of message
+        # buffers stay in /dev/shm.
+        self.process.kill()
         self.process.wait(KILL_SECONDS)
         self.connection.close()
         self.busy = False

@@ -453,7 +453,7 @@ def temporary():
         assert not list(Path(folder).iterdir())
 
 
-def test_tensor_parallelism_reloads_exactly_heals_and_leaves_nothing(
+def test_tensor_parallelism_reloads_exactly_heals_and_leaves_no_process(
         tmp_path, temporary, monkeypatch):
     """Two workers of vLLM's CPU build: the path with several processes per engine."""
     monkeypatch.setenv("TMPDIR", str(temporary))
