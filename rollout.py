@@ -8,9 +8,8 @@ the sampler dies.
   1. One child process per engine, `python rollout.py --serve`: vLLM and the trainer both want
      torch's default process group, and a process can be killed and replaced, a library cannot.
      Requests and answers are JSON over a socket pair; stdout and stderr go to a log file.
-  2. Every sample is a request of its own with its own seed s(seed, step, place, sample), so a lost
-     sample can be drawn again. Groups are returned in the order in which they finish, so that
-     scoring overlaps with generation.
+  2. Every sample is a request with its own seed s(seed, step, place, sample), so a lost sample can
+     be drawn again. Groups are returned as they finish: scoring overlaps with generation.
   3. vLLM returns log q(y_t) of the distribution it sampled from: softmax(logits / temperature),
      then min_p, then top_p, renormalised. An importance weight needs these; those of the raw
      softmax (vLLM's default) differ wherever temperature or truncation changed a probability.
@@ -19,8 +18,8 @@ the sampler dies.
      numbers must have changed. Nobody samples before that.
   5. Self-healing: a dead or silent engine is killed and started again on the last complete
      weights, and only the missing samples are drawn again; at most max_restarts times.
-  6. Nothing survives the trainer: a guard process beside each engine kills the engine's process
-     group as soon as the trainer or the engine is gone, even after kill -9.
+  6. Nothing survives the trainer: a guard beside each engine kills the engine's process group as
+     soon as the trainer or the engine is gone, even after kill -9.
 
 Left out: weights over NCCL (a broadcast to a dead peer hangs without an error; a folder on
 /dev/shm costs seconds and can be inspected), HTTP servers, Ray, sampling during the update (its
@@ -57,6 +56,7 @@ from model import max_over_ranks, raise_on_all_ranks, save_hf
 
 LOG_TAIL_LINES = 30  # lines of the engine's log quoted in an error
 KILL_SECONDS = 60  # how long a process may take to disappear after SIGKILL
+MODEL_INPUTS = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen", "targets")  # as in data.py
 # Mean log-prob gap allowed between engine and trainer, in nats, by the engine's dtype. float32:
 # 5e-6 was measured. bfloat16: a pretrained 135M model has 0.031 on the trainer's probe and 0.041
 # to 0.046 on single prompts; random other weights give 0.58 to 1.1.
@@ -161,17 +161,16 @@ def sync_weights(model, engine, ctx, folder, version, probe):
     Give every engine the policy's weights and prove that they arrived; collective.
 
     engine: this rank's Engine or None. folder: from clean_sync_folder. probe: a dict with
-    "token_ids" (S,) and "batch", the model's inputs (data.collate without columns); after the
-    first call, what the last one returned. Returns probe with fingerprint, engine_logprobs (S-1,),
-    gap and seconds filled in. Raises model.RankFailure on all ranks if a machine lacks space or an
-    engine is stale.
+    "token_ids" (S,), "batch", their data.collate, and "tolerance"; after the first call, what the
+    last one returned. Returns probe with fingerprint, engine_logprobs (S-1,), gap and seconds
+    filled in. Raises model.RankFailure on all ranks if a machine lacks space or an engine is stale.
     """
     started = time.perf_counter()
     torch.cuda.empty_cache()  # an engine that wakes up needs what torch has cached (CPU: no-op)
 
     # Publish. Every machine writes a copy, since /dev/shm is not shared, and every version into a
     # new folder: vLLM maps files, and has served old weights from a rewritten one (vllm#32718).
-    dtype = torch.float32 if ctx.device.type == "cpu" else torch.bfloat16
+    dtype = ctx.compute_dtype
     published = folder / f"version-{version:06d}"
     with raise_on_all_ranks(ctx, "publishing weights"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +185,8 @@ def sync_weights(model, engine, ctx, folder, version, probe):
 
     # Load, then score the probe on both sides.
     with torch.no_grad():
-        trainer_logprobs = model(**probe["batch"])[0][:-1].tolist()
+        inputs = {name: probe["batch"][name] for name in MODEL_INPUTS}
+        trainer_logprobs = model(**inputs)[0][:-1].tolist()
     engine_logprobs, gap = None, 0.0
     with raise_on_all_ranks(ctx, f"weight sync {version}"):
         if engine is not None:
@@ -194,8 +194,8 @@ def sync_weights(model, engine, ctx, folder, version, probe):
             engine_logprobs = engine.score(probe["token_ids"])
             changed = probe.get("fingerprint", fingerprint) != fingerprint
             stale_logprobs = probe["engine_logprobs"] if changed else None
-            tolerance = probe["tolerance"]
-            gap = check_probe(engine_logprobs, trainer_logprobs, tolerance, stale_logprobs)
+            gap = check_probe(
+                engine_logprobs, trainer_logprobs, probe["tolerance"], stale_logprobs)
 
     # Remove older versions: until now a restarted engine might have needed the previous one.
     with raise_on_all_ranks(ctx, "removing old weights"):
@@ -230,8 +230,8 @@ def check_probe(engine_logprobs, trainer_logprobs, tolerance, stale_logprobs=Non
             f"engine and trainer do not hold the same weights: {means} (largest "
             f"{max(differences):.3g}), tolerance {tolerance:.3g}. Look at sync/logprob_gap of the "
             "steps before: if it jumped, the engine loaded other weights or damaged files; if it "
-            "was near the tolerance from the start, vLLM computes this model differently (the "
-            "limit is rollout.PROBE_TOLERANCE). Nothing was sampled from this engine")
+            "was near the tolerance from the start, vLLM rounds differently in this model: raise "
+            "--probe_tolerance. Nothing was sampled from this engine")
     if stale_logprobs == engine_logprobs:
         raise StaleWeightsError(
             "the published weights changed, but the engine's probe did not change in a single bit: "
@@ -275,10 +275,10 @@ class Engine:
     meanwhile. On a shared GPU make a request before the trainer allocates, or pass kv_cache_gb:
     vLLM sizes its KV cache by the memory that is free while it starts.
 
-    max_model_len: longest prompt + completion in tokens. devices: the engine's GPUs as local ranks
-    (None: vLLM chooses). gpu_memory_utilization, kv_cache_gb: share of each GPU, or GB of KV cache
-    instead (CPU: GB, 0.25). vocab_size: ids from here on, a padded vocabulary, are never sampled.
-    sleep_mode: allow sleep(). request_timeout: seconds that an engine may be silent.
+    max_model_len: longest prompt + completion. devices: GPUs as local ranks (None: vLLM chooses).
+    gpu_memory_utilization, kv_cache_gb: share of each GPU, or GB of KV cache instead (CPU: 0.25).
+    vocab_size: ids from here on, a padded vocabulary, are never sampled. sleep_mode: allow sleep().
+    request_timeout: seconds that an engine may be silent.
     Every method raises EngineError when the engine cannot start, refuses or died too often.
     """
 
@@ -313,6 +313,7 @@ class Engine:
         self.can_sleep = sleep_mode and not on_cpu
         self.request_timeout = request_timeout
         self.restarts, self.max_restarts = 0, max_restarts
+        self.busy = False  # True: it owes answers
         self.version, self.weights_folder = 0, None  # None: still on model_path's own weights
         self.log_file = Path(log_file)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -325,22 +326,20 @@ class Engine:
 
         prompts: (P, length) token ids. seeds: (P, n). max_tokens: one for all, or one per prompt.
         stop: strings that end a completion and stay in it (needs the model folder's tokenizer).
-        The engine goes on while the caller works on a group. If it dies, the missing samples are
-        drawn again: the same tokens in fp32 on a CPU; in bf16 a near-tie may fall the other way,
-        with log-probs to match. An iterator that is not exhausted costs a restart of the engine.
-        Raises ValueError if shapes differ or a prompt and its max_tokens exceed max_model_len.
+        The engine goes on while the caller works on a group. Samples drawn again after a death have
+        the same tokens in fp32 on a CPU; in bf16 a near-tie may fall the other way. An iterator
+        that is not exhausted costs a restart. Raises ValueError if shapes or lengths do not fit.
         """
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
         if not len(prompts) == len(seeds) == len(limits) or any(len(row) != n for row in seeds):
             raise ValueError(
                 f"{len(prompts)} prompts need as many max_tokens (got {len(limits)}) and as many "
-                f"rows of n = {n} seeds (got {len(seeds)} of {[len(row) for row in seeds[:3]]}...)")
+                f"rows of seeds (got {len(seeds)}), each of n = {n}")
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
             if not prompt or limit < 1 or len(prompt) + limit > self.max_model_len:
                 raise ValueError(
                     f"prompt {index} has {len(prompt)} tokens and max_tokens {limit}: both must be "
-                    f"at least 1 and their sum at most max_model_len {self.max_model_len}; drop "
-                    "the prompt or lower --max_completion_length")
+                    f"at least 1 and their sum at most max_model_len {self.max_model_len}")
 
         sampling = dict(temperature=temperature, top_p=top_p, min_p=min_p, stop=stop)
         missing = {(p, s): None for p in range(len(prompts)) for s in range(n)}  # an ordered set
@@ -396,12 +395,11 @@ class Engine:
         ours, theirs = socket.socketpair()
         # One deadline: seconds that the engine may be silent while it starts, computes an answer
         # or is between two completions. (How long a whole rollout takes, nobody knows beforehand.)
-        seconds = struct.pack("ll", int(self.request_timeout), 0)
+        seconds = struct.pack("ll", max(1, int(self.request_timeout)), 0)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
         self.connection = Connection(ours.detach())
         self.ready = False
-        self.busy = False  # True: it owes answers
         send(self.connection, self.settings)
         arguments = ["--serve", str(theirs.fileno()), str(os.getpid())]
         with theirs, open(self.log_file, "ab") as log:
@@ -412,8 +410,8 @@ class Engine:
                 start_new_session=True)  # a process group of its own
 
     def _ask(self, request):
-        """Send a request when the engine is ready; returns the connection that will answer."""
-        if self.busy:  # an iterator of generate() was abandoned, or a wait was interrupted
+        """Send a request once the engine is ready; returns the connection that will answer."""
+        if self.busy:  # an iterator of generate() was abandoned, or a wait interrupted
             self._kill()
             self._start()
         if not self.ready:
@@ -462,9 +460,12 @@ class Engine:
         self._start()
 
     def _kill(self):
-        self.process.kill()  # its guard kills the rest of the process group
+        # The guard kills the rest of the process group. With tensor parallelism some MB of message
+        # buffers stay in /dev/shm.
+        self.process.kill()
         self.process.wait(KILL_SECONDS)
         self.connection.close()
+        self.busy = False
 
     def _log_tail(self):
         with open(self.log_file, "rb") as log:
@@ -475,9 +476,9 @@ class Engine:
 
 def child_environment(model_path, tensor_parallel_size, devices, on_cpu):
     """The environment of an engine: the trainer's without what would disturb vLLM."""
-    # torchrun's variables: vLLM would join the trainer's process group. Thread settings: they are
-    # the trainer's. Allocator settings: with expandable segments tensor parallelism dies at graph
-    # capture (vllm#42609). VLLM_PORT: all engines of a machine would take the same port.
+    # With torchrun's variables vLLM would join the trainer's process group, with VLLM_PORT all
+    # engines would take one port, and with expandable segments (ALLOC_CONF) tensor parallelism
+    # dies at graph capture (vllm#42609). Thread settings are the trainer's.
     unwanted = re.compile(
         r"RANK$|WORLD_SIZE$|(LOCAL|GROUP|ROLE|MASTER|TORCHELASTIC|TORCH_NCCL|OMP|GOMP|KMP)_|"
         r"PYTORCH_(CUDA_)?ALLOC_CONF$|VLLM_PORT$")
@@ -488,8 +489,7 @@ def child_environment(model_path, tensor_parallel_size, devices, on_cpu):
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if tensor_parallel_size == 1 else "1",
         # Forked workers would inherit the switched-off garbage collector, for good.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        # FlashInfer's sampler serves neither seeds nor processed log-probs, but its start-up may
-        # compile with nvcc.
+        # FlashInfer's sampler has neither seeds nor processed log-probs, and compiles with nvcc.
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         # Nothing listens beyond loopback, nothing is reported to anyone.
         "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo",

@@ -7,7 +7,7 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -274,7 +274,7 @@ def test_check_probe_on_numbers():
     # bf16 on both sides: measured on sound models, and with other weights
     tolerance = rollout.PROBE_TOLERANCE["bfloat16"]
     assert check_probe([-1.0, -1.0], [-1.031, -1.046], tolerance)
-    with pytest.raises(StaleWeightsError, match="PROBE_TOLERANCE"):
+    with pytest.raises(StaleWeightsError, match="--probe_tolerance"):
         check_probe([-1.0, -1.0], [-1.58, -2.1], tolerance)
 
 
@@ -289,6 +289,7 @@ def test_sync_publishes_loads_proves_and_removes(engine, models, policy, tmp_pat
     """The trainer's own writer, vLLM's own reader; a stale engine is caught, old folders go."""
     ctx, model = policy
     batch = collate([{"ids": np.array(PROBE)}], columns=())
+    first = {"token_ids": PROBE, "batch": batch, "tolerance": rollout.PROBE_TOLERANCE["float32"]}
     left_by_a_killed_run = rollout.clean_sync_folder(tmp_path / "sync", tmp_path / "run", ctx)
     with left_by_a_killed_run as folder:
         (folder / "version-000007.tmp").mkdir(parents=True)
@@ -307,7 +308,7 @@ def test_sync_publishes_loads_proves_and_removes(engine, models, policy, tmp_pat
 
     with rollout.clean_sync_folder(tmp_path / "sync", tmp_path / "run", ctx) as same:
         assert same == folder and not folder.exists()
-        probe = sync({"token_ids": PROBE, "batch": batch}, 1)
+        probe = sync(first, 1)
         assert probe["gap"] < 1e-4 and probe["seconds"] > 0 and engine.version == 1
         expected = torch.tensor(trainer_logprobs(models["b"][1], PROBE))
         assert torch.allclose(torch.tensor(probe["engine_logprobs"]), expected.float(), atol=1e-4)
@@ -378,30 +379,21 @@ def test_kill_during_generation_loses_no_sample(engine, models):
     assert_gone(old_pid)
 
 
-def test_an_engine_that_does_not_read_is_replaced(engine):
-    """Stopped before a request that is larger than the socket's buffer: sending it times out."""
-    old_pid, restarts = engine.pid, engine.restarts
-    prompts = [PROBE * 8] * 300
-    stop_and_shorten_deadline(engine)
-    groups = list(engine.generate(prompts, n=1, seeds=[[0]] * 300, max_tokens=1, **FREE))
-    assert len(groups) == 300 and engine.restarts == restarts + 1
-    assert_gone(old_pid)
-
-
-def test_restart_limit_and_death_during_reload(engine, models, monkeypatch):
-    """The stopped child cannot have answered. At the limit an error; below it, the new weights."""
+def test_restart_limit_and_an_engine_that_does_not_read(engine, models, monkeypatch):
+    """Stopped before a request larger than the socket's buffer: an error at the limit."""
     restarts, stopped = engine.restarts, engine.pid
     monkeypatch.setattr(engine, "max_restarts", restarts)
-    os.kill(stopped, signal.SIGSTOP)
-    threading.Timer(0.5, os.kill, (stopped, signal.SIGKILL)).start()
-    with pytest.raises(EngineError, match=r"(?s)exit code -9.*last lines of .*engine\.log.*prefix"):
-        engine.load_weights(models["b"][0], 9)
+    stop_and_shorten_deadline(engine)
+    many = dict(prompts=[PROBE * 8] * 300, n=1, seeds=[[0]] * 300, max_tokens=1, **FREE)
+    with pytest.raises(EngineError, match=r"(?s)no answer.*last lines of .*engine\.log.*prefix"):
+        list(engine.generate(**many))
+    assert_gone(stopped)
     monkeypatch.undo()
-    engine.load_weights(models["b"][0], 9)
+    engine.load_weights(models["b"][0], 9)  # of a dead engine
     assert engine.version == 9 and engine.restarts == restarts + 1
     expected = trainer_logprobs(models["b"][1], PROBE)
     assert check_probe(engine.score(PROBE), expected, 1e-3) < 1e-4
-    assert_gone(stopped)
+    assert len(list(engine.generate(**many))) == 300
 
 
 def test_silent_start_tied_head_padded_vocabulary_and_stop_strings(demo, tokenizer, tmp_path):
@@ -453,9 +445,18 @@ def test_silent_start_tied_head_padded_vocabulary_and_stop_strings(demo, tokeniz
         engine.close()
 
 
-def test_tensor_parallelism_reloads_exactly_heals_and_leaves_nothing(tmp_path, monkeypatch):
+@pytest.fixture
+def temporary():
+    """A folder for the temporary files of engines; its path is short, since sockets are in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        assert not list(Path(folder).iterdir())
+
+
+def test_tensor_parallelism_reloads_exactly_heals_and_leaves_no_process(
+        tmp_path, temporary, monkeypatch):
     """Two workers of vLLM's CPU build: the path with several processes per engine."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # of the engine, which makes a folder in it
+    monkeypatch.setenv("TMPDIR", str(temporary))
     tied = [tiny_model(tmp_path / f"tied-{seed}", tie=True, hidden_size=128, seed=seed)
             for seed in range(2)]
     ask = dict(n=3, seeds=seeds(3), max_tokens=24, temperature=1.0, top_p=0.9, min_p=0.05)
@@ -480,7 +481,6 @@ def test_tensor_parallelism_reloads_exactly_heals_and_leaves_nothing(tmp_path, m
         assert_gone(engine.pid)  # EngineCore and workers, too
     finally:
         engine.close()
-    assert not list(tmp_path.glob("vllm*"))
 
 
 def test_what_cannot_work_says_why_at_once(models, tmp_path, monkeypatch):
@@ -544,10 +544,10 @@ time.sleep(600)
 @pytest.mark.parametrize("state, end", [
     ("starting", signal.SIGKILL), ("generating", signal.SIGKILL), ("hung", signal.SIGKILL),
     ("starting", signal.SIGTERM), ("error", None)])
-def test_no_engine_survives_the_trainer(models, tmp_path, state, end):
+def test_no_engine_survives_the_trainer(models, tmp_path, temporary, state, end):
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER, models["a"][0], tmp_path / "log", state], cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(temporary)}, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, text=True)
     try:
         group = int(trainer.stdout.readline())
@@ -561,7 +561,6 @@ def test_no_engine_survives_the_trainer(models, tmp_path, state, end):
             trainer.send_signal(end)
         assert trainer.wait(60) != 0
         assert_gone(group)
-        assert not list(tmp_path.glob("vllm*"))  # temporary files
     finally:
         trainer.kill()
         trainer.wait()
