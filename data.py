@@ -280,6 +280,26 @@ def load_problems(dataset, tokenizer, read_gold, system_prompt="", max_prompt_le
     return Problems(problems, f"{dataset}: {len(problems)} problems, {len(rows) - len(problems)} of {len(rows)} dropped")
 
 
+def check_lengths(tokenizer, config, longest):
+    """
+    Raise DataError for a tokenizer or sequences (prompt + answer, in tokens) too large for a model.
+
+    Scaled kinds of rotary embedding reach factor times the length they were first trained on.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise DataError(f"the tokenizer has ids up to {largest}, the model's vocab_size is "
+                        f"{config.vocab_size}; use the tokenizer that belongs to the model")
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions:
+        rope = getattr(config, "rope_parameters", None) or {}
+        first = rope.get("original_max_position_embeddings") or positions
+        positions = max(positions, int(first * (rope.get("factor") or 1)))
+    if positions and longest > positions:
+        raise DataError(f"prompt and answer may reach {longest} tokens, the model has {positions} "
+                        "positions (max_position_embeddings); lower the flags for their lengths")
+
+
 def end_of_turn(tokenizer):
     """
     (ids, trained): what the template writes after an assistant's text, and how many of those ids are trained.

@@ -48,7 +48,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from data import chat_prompt_ids, load_problems, set_chat_template, system_prompt_text
+from data import (
+    chat_prompt_ids,
+    check_lengths,
+    load_problems,
+    set_chat_template,
+    system_prompt_text,
+)
 from model import (
     check_flags,
     git_commit,
@@ -275,13 +281,7 @@ def draw_missing(cfg, ctx, layout, name, model_path, max_tokens):
     set_chat_template(tokenizer, cfg.chat_template)
     questions = load_questions(cfg, tokenizer, verbose=ctx.is_main)
     longest = max(len(q.prompt_ids) for q in questions.values()) + max_tokens
-    config = load_config(model_path)
-    rope = getattr(config, "rope_parameters", None) or {}
-    # scaled kinds of rope reach beyond max_position_embeddings
-    if rope.get("rope_type") == "default" and longest > config.max_position_embeddings:
-        raise ValueError(f"--budgets {cfg.budgets}: prompt and completion may reach {longest} "
-                         f"tokens, {model_path} has {config.max_position_embeddings} positions; "
-                         "lower the largest budget")
+    check_lengths(tokenizer, load_config(model_path), longest)
 
     settings, settings_hash = sample_settings(cfg, model_path, tokenizer)
     folder = Path(cfg.output_dir, name, settings_hash)
