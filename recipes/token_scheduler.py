@@ -122,7 +122,7 @@ def predict(args):
 
 def token_limit_table(path):
     """{problem text: limit} of a file that predict has written; DataError shows a malformed entry."""
-    table = {row.get("problem"): row.get("token_limit") for row in data.load_rows(path)}
+    table = {row.get("problem"): row.get("token_limit") for row in read_jsonl(path)}
     for problem, limit in table.items():
         if not isinstance(problem, str) or not isinstance(limit, int) or limit < 1:
             raise data.DataError(f"--limits {path}: problem {problem!r:.80} with limit {limit!r}; every entry needs the "
