@@ -37,7 +37,7 @@ import itertools
 import json
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -83,36 +83,37 @@ PROMPT_STYLES = {
 @dataclass
 class EvalConfig:
     # What to measure
-    model: str = HfArg(default="runs/grpo/final", help=(
+    model: str = flag("runs/grpo/final", (
         "Comma list of folders or hub ids, name=path sets the name. A folder NAME/HASH of an "
         "earlier run is only scored: no model, no engine."))
-    benchmark: str = HfArg(default="aime24,aime25", help=(
+    benchmark: str = flag("aime24,aime25", (
         f"Comma list: {', '.join(BENCHMARKS)}, or files with columns problem and answer."))
-    benchmark_dir: str = HfArg(default="", help="Folder with aime24.json and so on; empty: hub.")
-    limit: int = HfArg(default=0, help="Only the first problems of each benchmark; 0: all.")
-    num_samples: int = HfArg(default=64, help="n: samples per problem; may be raised later.")
-    budgets: str = HfArg(default="8000,12000,16000", help=(
+    benchmark_dir: str = flag("", "Folder with aime24.json and so on; empty: hub.")
+    limit: int = flag(0, "Only the first problems of each benchmark; 0: all.")
+    num_samples: int = flag(64, "n: samples per problem; may be raised later.")
+    budgets: str = flag("8000,12000,16000", (
         "Token budgets to score. What is generated is the largest; it may be raised later."))
-    answer_scope: str = HfArg(default="full", help="full; before_think_end: box before </think>.")
+    answer_scope: str = flag("full", "full; before_think_end: box before </think>.")
     # Prompt and sampling
-    prompt_style: str = HfArg(default="training", help="training, lighteval, readme or none.")
-    system_prompt: str = HfArg(default="", help=(
+    prompt_style: str = flag("training", "training, lighteval, readme or none.")
+    system_prompt: str = flag("", (
         "Instead of the style's: sft, grpo, open_rs, open_rs3, none, or the text itself."))
-    chat_template: str = HfArg(default="tokenizer", aliases=["--template"], help=(
+    chat_template: str = flag("tokenizer", (
         "tokenizer (the model's own), open_r1_roles, or a Jinja file."))
-    temperature: float = HfArg(default=1.0, help="Lighteval: 0.6; 0 is greedy.")
-    top_p: float = HfArg(default=0.9, help="Nucleus sampling (lighteval: 0.95).")
-    min_p: float = HfArg(default=0.05, help="Least share of the likeliest token (lighteval: 0).")
-    stop: list[str] = HfArg(default_factory=list, help="Strings that end a completion.")
-    seed: int = HfArg(default=42, help="Seed of the samples.")
+    temperature: float = flag(1.0, "Lighteval: 0.6; 0 is greedy.")
+    top_p: float = flag(0.9, "Nucleus sampling (lighteval: 0.95).")
+    min_p: float = flag(0.05, "Least share of the likeliest token (lighteval: 0).")
+    stop: list[str] = field(
+        default_factory=list, metadata={"help": "Strings that end a completion."})
+    seed: int = flag(42, "Seed of the samples.")
     # Output
-    output_dir: str = HfArg(default="runs/eval", help="All that was asked, answered and scored.")
-    plot: str = HfArg(default="", help="Draw accuracy against token budget (.png, .pdf, .svg).")
+    output_dir: str = flag("runs/eval", "All that was asked, answered and scored.")
+    plot: str = flag("", "Draw accuracy against token budget (.png, .pdf, .svg).")
     # Engines
-    tensor_parallel_size: int = HfArg(default=1, help="GPUs (under torchrun: ranks) per engine.")
-    gpu_memory_utilization: float = HfArg(default=0.9, help="Share of each GPU's memory for vLLM.")
-    max_num_seqs: int = HfArg(default=256, help="Samples that an engine decodes together.")
-    dtype: str = HfArg(default="auto", help="The engine's: auto (the model's), bfloat16, float32.")
+    tensor_parallel_size: int = flag(1, "GPUs (under torchrun: ranks) per engine.")
+    gpu_memory_utilization: float = flag(0.9, "Share of each GPU's memory for vLLM.")
+    max_num_seqs: int = flag(256, "Samples that an engine decodes together.")
+    dtype: str = flag("auto", "The engine's: auto (the model's), bfloat16, float32.")
 
 
 def check_config(cfg):
@@ -129,10 +130,10 @@ def check_config(cfg):
                          "use --num_samples 1")
 
 
-def split_list(cfg, flag):
-    parts = [part.strip() for part in getattr(cfg, flag).split(",") if part.strip()]
+def split_list(cfg, name):
+    parts = [part.strip() for part in getattr(cfg, name).split(",") if part.strip()]
     if not parts:
-        raise ValueError(f"--{flag} is empty; name at least one, with commas between")
+        raise ValueError(f"--{name} is empty; name at least one, with commas between")
     return parts
 
 

@@ -1191,8 +1191,7 @@ def check_common_flags(cfg):
         cfg,
         choices={"activation_checkpointing": ("none", "full", "selective"),
                  "lr_scheduler_type": schedules, "report_to": TRACKERS},
-        above_0=("learning_rate", "num_train_epochs", "eval_steps", "head_chunk_size",
-                 "timeout_minutes"),
+        above_0=("learning_rate", "num_train_epochs", "eval_steps", "timeout_minutes"),
         not_negative=("max_grad_norm", "weight_decay", "save_steps", "save_total_limit",
                       "shard_size"),
         shares=("warmup_ratio", "min_lr_rate", "adam_beta2"))

@@ -133,12 +133,12 @@ def token_limit_table(path):
 def score(args):
     folder, limits, questions = Path(args.samples), token_limit_table(args.limits), []
     samples = read_samples(folder)
-    for question in read_jsonl(folder / f"problems-{args.benchmark}.jsonl"):
-        if question["problem"] not in limits:
-            raise data.DataError(f"--limits {args.limits} has none for the problem {question['problem']!r:.80}")
-        place = args.benchmark, question["id"]
+    for asked in read_jsonl(folder / f"problems-{args.benchmark}.jsonl"):
+        if asked["problem"] not in limits:
+            raise data.DataError(f"--limits {args.limits} has none for the problem {asked['problem']!r:.80}")
+        place = args.benchmark, asked["id"]
         rows = [row for key, row in samples.items() if key[:2] == place]
-        questions.append((limits[question["problem"]], rows, question["answers"]))
+        questions.append((limits[asked["problem"]], rows, asked["answers"]))
     mean = round(sum(limit for limit, *_ in questions) / len(questions))
     lines = []
     for name, budgets in (("own limits", [limit for limit, *_ in questions]), ("their mean", [mean] * len(questions))):
