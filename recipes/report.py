@@ -445,7 +445,7 @@ CSS = """
 body { max-width: 1180px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 26px; margin: 0; letter-spacing: -.01em; }
 h2 { font-size: 19px; margin: 40px 0 4px; }
-p { margin: 4px 0 10px; color: #56606b; max-width: 78ch; }
+p { margin: 4px 0 10px; color: #56606b; max-width: 104ch; }
 .stats { display: flex; flex-wrap: wrap; gap: 10px 34px; margin: 18px 0 8px; padding: 14px 0;
   border: solid #dfe3e8; border-width: 1px 0; }
 .stats div { color: #67717d; font-size: 13px; }

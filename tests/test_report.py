@@ -66,7 +66,9 @@ def grpo_run(tmp_path, demo, tokenizer):
         answer(tokenizer, "fine", 2, 3.0, 0.7), answer(tokenizer, "not so fine", 2, 2.9, -0.7),
         answer(tokenizer, "no verdict", 2, math.nan)]
     rows[0]["rollout_logprobs"] = [math.log(0.25), *rows[0]["rollout_logprobs"][1:]]
-    return write_run(tmp_path, [metrics(1), metrics(2)], rows, tail='{"step": 3, "re',
+    steps = [metrics(1), metrics(2, **{"update/entropy": math.nan, "eval/pass@1": 0.25})]
+    steps[0] |= {"update/entropy": 0.3, "eval/pass@1": None}
+    return write_run(tmp_path, steps, rows, tail='{"step": 3, "re',
                      model_name_or_path=str(demo / "base"), rollout_is_cap=1.5, max_steps=9)
 
 
@@ -214,6 +216,9 @@ def test_a_run_in_progress_shows_its_whole_lines(grpo_run):
     assert "88" in page and "<b>89 <i>→</i> 88</b>tokens per answer" in page
     assert "reward/&lt;b&gt;mine" in page and "reward/cosine" not in page  # never a number
     assert "2 of 2 right" in page and page.count("All rewards are equal") == 1
+    assert "eval/pass@1 <b>0.25</b>" in page and "update/entropy <b>0.3</b>" in page
+    assert 'title="p 0.5, gap +0.693"' in page  # of the token that the sampler found at 1/4
+    assert page.count('<mark class="wrong">') == 2 and '<mark class="right">right<' in page
     assert "right × 2" in page  # equal answers are shown once
     assert "late <b>none</b>" in page and "reward <b>none</b>" in page
 
