@@ -41,20 +41,9 @@ def parse(config_class, arguments):
     return parser.parse_args_into_dataclasses(arguments)[0]
 
 
-@pytest.fixture(scope="module")
-def long_model(demo, tmp_path_factory):
-    """The demo's model for the plans of long answers: positions enough."""
-    folder = shutil.copytree(demo / "base", tmp_path_factory.mktemp("long") / "base")
-    config = json.loads((folder / "config.json").read_text())
-    config["max_position_embeddings"] = 32768
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def dry_run(script, stage, *flags, **environment):
-    """The plan that a stage prints on a single rank."""
-    flags = (*flags, "--dry_run")
-    return recipe(script, stage, *flags, GPUS="1", LAUNCH=sys.executable, **environment)
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -83,12 +72,6 @@ def test_stage_1_is_64_packs_of_24000_tokens():
         assert config.max_length == 24000
 
 
-def test_stage_1_on_two_ranks_under_torchrun(demo, long_model, tmp_path):
-    plan = recipe(R1, "sft", "--model_name_or_path", long_model,
-                  "--dataset", demo / "train.jsonl", "--cache_dir", tmp_path, "--dry_run", GPUS="2")
-    assert "64 packs, up to 1,536,000 tokens" in plan
-
-
 def test_39_steps_per_epoch_at_full_size():
     config = parse(SFTConfig, command(R1, "sft", GPUS="8"))
     packs = make_packs([range(n) for n in stated_lengths()], config.max_length)
@@ -96,19 +79,18 @@ def test_39_steps_per_epoch_at_full_size():
     assert abs(len(steps) - 39) <= 1 and max(map(len, steps)) <= 64
 
 
-def test_39_steps_per_epoch_in_the_printed_plan(demo, tokenizer, tmp_path):
+def test_the_plan_of_stage_1_on_two_ranks_under_torchrun(demo, tokenizer, tmp_path):
     """The recipe's own command on 7,900 rows and packs that are a hundred times shorter."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "7"}]
     overhead = len(encode_document(tokenizer, messages, assistant_turn(tokenizer))) - 1
     rows = [{"problem": "a", "generation": "7" * max(1, n // 100 - overhead)}
             for n in stated_lengths()]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plan = dry_run(
-        R1, "sft", "--model_name_or_path", demo / "base", "--dataset", tmp_path / "train.jsonl",
-        "--cache_dir", tmp_path, "--max_length", 240,
-        "--system_prompt", "none", "--chat_template", "tokenizer")
+    plan = recipe(
+        R1, "sft", "--model_name_or_path", demo / "base", "--max_length", 240,
+        "--dataset", write_rows(tmp_path / "train.jsonl", rows), "--cache_dir", tmp_path,
+        "--system_prompt", "none", "--chat_template", "tokenizer", "--dry_run", GPUS="2")
     assert abs(int(re.search(r"(\d+) steps per epoch", plan)[1]) - 39) <= 1, plan
-    assert "7,900 of 7,900 rows kept" in plan
+    assert "7,900 of 7,900 rows kept" in plan and "64 packs, up to 15,360 tokens" in plan
 
 
 @pytest.mark.parametrize("script, prompts, answers, answer_tokens, steps", [
@@ -128,9 +110,13 @@ def test_stage_2_batches(script, prompts, answers, answer_tokens, steps):
     assert config.output_dir + "/final" in evaluation.model
 
 
-def test_the_plan_of_stage_2(demo, long_model):
-    plan = dry_run(RS1, "grpo", "--model_name_or_path", long_model,
-                   "--dataset", demo / "rl.jsonl")
+def test_the_plan_of_stage_2(demo, tmp_path):
+    folder = shutil.copytree(demo / "base", tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = 8192  # for the recipe's long answers
+    (folder / "config.json").write_text(json.dumps(config))
+    plan = recipe(RS1, "grpo", "--model_name_or_path", folder, "--dataset", demo / "rl.jsonl",
+                  "--dry_run", GPUS="1", LAUNCH=sys.executable)
     assert "12 prompts x 6 answers = 72," in plan and ", 100 in all" in plan
     assert "schedule ends at step 500" in plan and "answer <= 4,096" in plan
 
@@ -212,11 +198,6 @@ def test_slurm_script_on_two_machines(tmp_path):
 # --------------------------------------------------------------------------------------------------
 # The token scheduler
 # --------------------------------------------------------------------------------------------------
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def token_scheduler(*arguments):
     script = ROOT / "recipes/token_scheduler.py"
     return run(sys.executable, script, *arguments, OMP_NUM_THREADS="1")
