@@ -25,6 +25,7 @@ RS1, RS2, RS3 = (("open_rs.sh", name) for name in ("rs1", "rs2", "rs3"))
 
 def recipe(script, *arguments, **environment):
     """Run `bash recipes/NAME ...` and return its standard output; it must succeed."""
+    environment = {"OMP_NUM_THREADS": "1", **environment}  # other tests share the cores
     done = run("bash", ROOT / "recipes" / script[0], *script[1:], *arguments, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -79,15 +80,20 @@ def test_39_steps_per_epoch_at_full_size():
     assert abs(len(steps) - 39) <= 1 and max(map(len, steps)) <= 64
 
 
-def test_the_plan_of_stage_1_on_two_ranks_under_torchrun(demo, tokenizer, tmp_path):
-    """The recipe's own command on 7,900 rows and packs that are a hundred times shorter."""
+def stated_rows(tokenizer):
+    """Rows whose documents have a hundredth of the stated lengths."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "7"}]
     overhead = len(encode_document(tokenizer, messages, assistant_turn(tokenizer))) - 1
-    rows = [{"problem": "a", "generation": "7" * max(1, n // 100 - overhead)}
+    return [{"problem": "a", "generation": "7" * max(1, n // 100 - overhead)}
             for n in stated_lengths()]
+
+
+def test_the_plan_of_stage_1_on_two_ranks_under_torchrun(demo, tokenizer, tmp_path):
+    """The recipe's own command on rows and packs that are a hundred times shorter."""
+    train = write_rows(tmp_path / "train.jsonl", stated_rows(tokenizer))
     plan = recipe(
         R1, "sft", "--model_name_or_path", demo / "base", "--max_length", 240,
-        "--dataset", write_rows(tmp_path / "train.jsonl", rows), "--cache_dir", tmp_path,
+        "--dataset", train, "--cache_dir", tmp_path,
         "--system_prompt", "none", "--chat_template", "tokenizer", "--dry_run", GPUS="2")
     assert abs(int(re.search(r"(\d+) steps per epoch", plan)[1]) - 39) <= 1, plan
     assert "7,900 of 7,900 rows kept" in plan and "64 packs, up to 15,360 tokens" in plan
