@@ -522,10 +522,8 @@ def encode_document(tokenizer, messages, turn, loss_on="assistant", row=0):
     ids = np.array([*prompt_ids, *answer_ids, *turn.ending], dtype=np.int32)
     mask = np.zeros(len(ids), dtype=np.uint8)
     mask[len(prompt_ids):len(prompt_ids) + len(answer_ids) + turn.trained] = 1
-    if loss_on != "assistant":
+    if loss_on == "all":
         mask[1:] = 1  # the first token has nothing before it to be predicted from
-    if loss_on == "all_but_eos":  # the originals: pad is EOS there, and the collator ignores pad
-        mask[ids == tokenizer.eos_token_id] = 0
     return Document(ids, mask, row)
 
 
@@ -630,7 +628,7 @@ def load_documents(dataset, tokenizer, max_length, loss_on="assistant", system_p
     """
     DataSet of documents, from the cache when data, tokenizer, options and this file are unchanged.
 
-    loss_on: assistant, all, or all_but_eos (the originals). Documents above max_length are dropped.
+    loss_on: assistant, or all. Documents above max_length are dropped and counted.
     """
     options = (max_length, loss_on, system_prompt, problem_column, generation_column)
     content_hash = source_hash(dataset)
@@ -898,7 +896,7 @@ def main():
     add("--problem_column", default="problem")
     add("--generation_column", default="generation")
     add("--answer_column", default="answer")
-    add("--loss_on", default="assistant", choices=("assistant", "all", "all_but_eos"))
+    add("--loss_on", default="assistant", choices=("assistant", "all"))
     try:
         show_rows(parser.parse_args())
     except (ValueError, OSError) as error:

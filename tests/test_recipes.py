@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ RS1, RS2, RS3 = (("open_rs.sh", name) for name in ("rs1", "rs2", "rs3"))
 
 def recipe(script, *arguments, **environment):
     """Run `bash recipes/NAME ...` and return its standard output; it must succeed."""
+    environment = {"OMP_NUM_THREADS": "1", **environment}  # other tests share the cores
     done = run("bash", ROOT / "recipes" / script[0], *script[1:], *arguments, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -40,10 +42,9 @@ def parse(config_class, arguments):
     return parser.parse_args_into_dataclasses(arguments)[0]
 
 
-def dry_run(script, stage, *flags, **environment):
-    """The plan that a stage prints on a single rank."""
-    flags = (*flags, "--dry_run")
-    return recipe(script, stage, *flags, GPUS="1", LAUNCH=sys.executable, **environment)
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -72,12 +73,6 @@ def test_stage_1_is_64_packs_of_24000_tokens():
         assert config.max_length == 24000
 
 
-def test_stage_1_on_two_ranks_under_torchrun(demo, tmp_path):
-    plan = recipe(R1, "sft", "--model_name_or_path", demo / "base",
-                  "--dataset", demo / "train.jsonl", "--cache_dir", tmp_path, "--dry_run", GPUS="2")
-    assert "64 packs, up to 1,536,000 tokens" in plan
-
-
 def test_39_steps_per_epoch_at_full_size():
     config = parse(SFTConfig, command(R1, "sft", GPUS="8"))
     packs = make_packs([range(n) for n in stated_lengths()], config.max_length)
@@ -85,19 +80,23 @@ def test_39_steps_per_epoch_at_full_size():
     assert abs(len(steps) - 39) <= 1 and max(map(len, steps)) <= 64
 
 
-def test_39_steps_per_epoch_in_the_printed_plan(demo, tokenizer, tmp_path):
-    """The recipe's own command on 7,900 rows and packs that are a hundred times shorter."""
+def stated_rows(tokenizer):
+    """Rows whose documents have a hundredth of the stated lengths."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "7"}]
     overhead = len(encode_document(tokenizer, messages, assistant_turn(tokenizer))) - 1
-    rows = [{"problem": "a", "generation": "7" * max(1, n // 100 - overhead)}
+    return [{"problem": "a", "generation": "7" * max(1, n // 100 - overhead)}
             for n in stated_lengths()]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plan = dry_run(
-        R1, "sft", "--model_name_or_path", demo / "base", "--dataset", tmp_path / "train.jsonl",
-        "--cache_dir", tmp_path, "--max_length", 240,
-        "--system_prompt", "none", "--chat_template", "tokenizer")
+
+
+def test_the_plan_of_stage_1_on_two_ranks_under_torchrun(demo, tokenizer, tmp_path):
+    """The recipe's own command on rows and packs that are a hundred times shorter."""
+    train = write_rows(tmp_path / "train.jsonl", stated_rows(tokenizer))
+    plan = recipe(
+        R1, "sft", "--model_name_or_path", demo / "base", "--max_length", 240,
+        "--dataset", train, "--cache_dir", tmp_path,
+        "--system_prompt", "none", "--chat_template", "tokenizer", "--dry_run", GPUS="2")
     assert abs(int(re.search(r"(\d+) steps per epoch", plan)[1]) - 39) <= 1, plan
-    assert "7,900 of 7,900 rows kept" in plan
+    assert "7,900 of 7,900 rows kept" in plan and "64 packs, up to 15,360 tokens" in plan
 
 
 @pytest.mark.parametrize("script, prompts, answers, answer_tokens, steps", [
@@ -117,11 +116,15 @@ def test_stage_2_batches(script, prompts, answers, answer_tokens, steps):
     assert config.output_dir + "/final" in evaluation.model
 
 
-def test_the_plan_of_stage_2(demo):
-    plan = dry_run(RS1, "grpo", "--model_name_or_path", demo / "base",
-                   "--dataset", demo / "rl.jsonl", "--max_completion_length", 256)
+def test_the_plan_of_stage_2(demo, tmp_path):
+    folder = shutil.copytree(demo / "base", tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = 8192  # for the recipe's long answers
+    (folder / "config.json").write_text(json.dumps(config))
+    plan = recipe(RS1, "grpo", "--model_name_or_path", folder, "--dataset", demo / "rl.jsonl",
+                  "--dry_run", GPUS="1", LAUNCH=sys.executable)
     assert "12 prompts x 6 answers = 72," in plan and ", 100 in all" in plan
-    assert "schedule ends at step 500" in plan and "answer <= 256" in plan
+    assert "schedule ends at step 500" in plan and "answer <= 4,096" in plan
 
 
 # --------------------------------------------------------------------------------------------------
@@ -198,69 +201,51 @@ def test_slurm_script_on_two_machines(tmp_path):
     assert (config.gradient_accumulation_steps * 16, config.shard_size) == (64, 8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The token scheduler
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+def token_scheduler(*arguments):
+    script = ROOT / "recipes/token_scheduler.py"
+    return run(sys.executable, script, *arguments, OMP_NUM_THREADS="1")
+
+
 def test_token_scheduler_learns_and_its_limits_are_read(demo, tmp_path):
-    rows = [
-        {
-            "problem": f"Let a={i % 10}. Find {'aaaa' if i % 2 else 'b+b+b+b'} mod 10.",
-            "mean_completion_length": 11000.0 if i % 2 else 2000,
-        }
-        for i in range(120)
-    ] + [{"problem": "no length", "mean_completion_length": None}]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    script = ROOT / "recipes" / "token_scheduler.py"
-    done = run(
-        sys.executable,
-        script,
-        "train",
-        "--model",
-        demo / "base",
-        "--dataset",
-        tmp_path / "train.jsonl",
-        "--output_dir",
-        tmp_path / "model",
-        "--learning_rate",
-        "3e-3",
-        "--batch_size",
-        8,
-        OMP_NUM_THREADS="1",
-    )
+    rows = [{"problem": f"Let a={i % 10}. Find {'aaaa' if i % 2 else 'b+b+b+b'} mod 10.",
+             "mean_completion_length": 11000.0 if i % 2 else 2000} for i in range(120)]
+    rows += [{"problem": "no length", "mean_completion_length": None}]
+    done = token_scheduler(
+        "train", "--model", demo / "base", "--dataset", write_rows(tmp_path / "train.jsonl", rows),
+        "--output_dir", tmp_path / "model", "--learning_rate", "3e-3", "--batch_size", 8)
     assert done.returncode == 0, done.stderr
-    assert "120 of 121 rows" in done.stdout and float(done.stdout.rsplit("correlation ")[-1]) > 0.8, done.stdout
-    (tmp_path / "ask.jsonl").write_text("".join(json.dumps({"problem": rows[i]["problem"]}) + "\n" for i in (0, 1)))
-    done = run(
-        sys.executable,
-        script,
-        "predict",
-        "--model",
-        tmp_path / "model",
-        "--dataset",
-        tmp_path / "ask.jsonl",
-        "--output",
-        tmp_path / "limits.jsonl",
-    )
+    assert "120 of 121 rows" in done.stdout
+    assert float(done.stdout.rsplit("correlation ")[-1]) > 0.8, done.stdout
+    asked = [{"problem": row["problem"]} for row in rows[:2]]
+    done = token_scheduler(
+        "predict", "--model", tmp_path / "model", "--output", tmp_path / "limits.jsonl",
+        "--dataset", write_rows(tmp_path / "ask.jsonl", asked))
     assert done.returncode == 0, done.stderr
-    written = [json.loads(line) for line in (tmp_path / "limits.jsonl").read_text().splitlines()]
-    assert [row["problem"] for row in written] == [row["problem"] for row in rows[:2]]
-    assert 10500 <= written[0]["token_limit"] < written[1]["token_limit"] <= 13300
+    easy, hard = map(json.loads, (tmp_path / "limits.jsonl").read_text().splitlines())
+    assert [easy["problem"], hard["problem"]] == [row["problem"] for row in asked]
+    assert 10500 <= easy["token_limit"] < hard["token_limit"] <= 13300
 
 
 def test_token_limits_are_scored_from_stored_samples(tmp_path):
-    def write(name, rows):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return tmp_path / name
-
-    write("problems-toy.jsonl", [{"id": i, "problem": f"problem {i}", "answers": ["1"]} for i in "ab"])
-    write("samples-000.jsonl", [
-        {"benchmark": "toy", "id": i, "sample": s, "length": n, "finish_reason": "stop", "text": "\\boxed{1}"}
+    write_rows(tmp_path / "problems-toy.jsonl", [
+        {"id": i, "problem": f"problem {i}", "answers": ["1"]} for i in "ab"])
+    write_rows(tmp_path / "samples-000.jsonl", [
+        {"benchmark": "toy", "id": i, "sample": s, "length": n, "finish_reason": "stop",
+         "text": "\\boxed{1}"}
         for i, lengths in (("a", (10, 20)), ("b", (40, 50))) for s, n in enumerate(lengths)])
-    limits = write("limits.jsonl", [{"problem": "problem a", "token_limit": 20}, {"problem": "problem b", "token_limit": 40}])
-    command = (sys.executable, ROOT / "recipes" / "token_scheduler.py", "score", "--samples", tmp_path, "--benchmark", "toy")
-    done = run(*command, "--limits", limits)
+
+    def score(limits):
+        rows = [{"problem": f"problem {i}", "token_limit": n} for i, n in limits.items()]
+        file = write_rows(tmp_path / "limits.jsonl", rows)
+        return token_scheduler(
+            "score", "--samples", tmp_path, "--benchmark", "toy", "--limits", file)
+
+    done = score({"a": 20, "b": 40})
     assert done.returncode == 0, done.stderr
     assert "| own limits | 30 | 75.0" in done.stdout and "| 28 | 25.0% |" in done.stdout
     assert "| their mean | 30 | 50.0" in done.stdout and "| 22 | 50.0% |" in done.stdout
-    done = run(*command, "--limits", write("bad.jsonl", [{"problem": "problem a", "token_limit": 0}]))
+    done = score({"a": 0})
     assert done.returncode == 1 and "limit 0" in done.stderr
