@@ -19,6 +19,7 @@ import importlib.util
 import json
 import math
 import numbers
+import operator
 import os
 import random
 import re
@@ -277,7 +278,7 @@ def weighted_totals(parts, correct, rewards):
 #
 #    box -> text -> tokens -> tree -> verdict.  Trees are tuples (tag, label, *parts):
 #
-#    num (value, places)    var x    const pi|e|i|infinity    text evenorodd    base (digits, base)
+#    num value    var x    const pi|e|i|infinity    text evenorodd    base (digits, base)
 #    op + | * | / | ^ | neg | pm | mp | sin ...    call f, with its arguments    unit cm^2, a value
 #    seq list | set | () | [] | [) | (] | <> | matrix | row | det | : | \cup | \cap, with its members
 #    rel ("<", "<=", ...), with its sides    unread (tokens): equal only to the same tokens
@@ -289,7 +290,7 @@ def weighted_totals(parts, correct, rewards):
 #    - \{1,2\} = 1,2 in any order; (1,2) and [1,2] are neither that nor each other
 #    - 204_5 is not 204;  1:2 = 2:4 but not 1/2;  an inequality is not an interval
 #    - 2 + 4 = 6: unsimplified is still right; a comma never marks decimals
-#    - a decimal equals 1/3 from 8 digits on, pi or sqrt(2) from 6
+#    - a decimal is that number: 0.33333333 is not 1/3
 #    - a choice may bring its text: "C) 12" is C; but not a second letter, "C) or D)"
 #    Sums, integrals, limits and set-builder notation are equal only as the same tokens.
 # --------------------------------------------------------------------------------------------------
@@ -302,11 +303,7 @@ MAX_MEMBERS = 64  # of an unordered list, where each is compared with each
 MAX_SIDES = 8  # of a = b = c ...
 MAX_BITS = 40_000  # of an exact numerator or denominator: 2004! has 19,000
 MAX_EXPONENT_BITS = 200_000  # log2 of a rounded number
-MAX_ARGUMENT_BITS = 40  # log2 of a function's argument: sin(10^(10^9)) needs a billion digits of pi
-
-
-class Unreadable(ValueError):
-    """The answer is outside the reader's language."""
+MAX_ARGUMENT_BITS = 17  # log2 of a function's argument: sin(10^(10^9)) needs a billion digits of pi
 
 
 def extract_answer(text, scope="full"):
@@ -324,29 +321,22 @@ def extract_answer(text, scope="full"):
         start = text.rfind("\\boxed", 0, start)
     if start < 0:
         return None
-    content = braced(text, found.end() - 1, end)
+    content = braced(text, found.end(), end)
     return content and content.strip() or None
 
 
-BOX = re.compile(r"\\boxed\s*+\{")
+BOX = re.compile(r"\\boxed\s*+(?=\{)")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def braced(text, start, end=None):
     r"""What is between the brace at `start` and its partner, or None; \{ and \} do not count."""
     end = min(len(text) if end is None else end, start + MAX_CHARACTERS + 2)
-    depth, i = 0, start
-    if text[start:start + 1] != "{":
-        return None
-    while i < end:
-        if text[i] == "\\":
-            i += 1  # skips the escaped character too
-        elif text[i] == "{":
-            depth += 1
-        elif text[i] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start + 1:i]
-        i += 1
+    depth = 0
+    for brace in BRACE.finditer(text, start, end):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[start + 1:brace.start()]
     return None
 
 
@@ -411,22 +401,23 @@ def same_answer(prediction, gold):
     p, g = read(prediction), read(gold)
     if same(p, g) or same_choice(prediction, g) or same_choice(gold, p):
         return True
-    if "," in prediction + gold and is_list(p) != is_list(g):
-        p, g = read(prediction, thousands=False), read(gold, thousands=False)
-        return is_list(p) and is_list(g) and same(p, g)
-    return False
+    if is_list(p) == is_list(g):
+        return False
+    p, g = read(prediction, thousands=False), read(gold, thousands=False)
+    return is_list(p) and p[1] == g[1] and same(p, g)
 
 
 def same_choice(text, letter):
     r"""`text` is "C) 12" or \text{C: the mass doubles} for the letter C, and names no other one."""
-    if letter[0] != "var" or not (found := CHOICE_WITH_TEXT.match(text)):
+    if letter[0] != "var" or not (found := CHOICE.match(text)):
         return False
     return letter[1] in found.groups() and not OTHER_CHOICE.search(text, found.end())
 
 
 # C) and C: and \text{(C)}, but not (C), which may begin a product
-CHOICE_WITH_TEXT = re.compile(r"\s*(?:\\(?:text|mbox|math)[a-z]* *\{ *\(([A-J])\)|"
-                              r"(?:\\text[a-z]* *\{ *)?([A-J])(?:\)|[:.](?= )))")
+CHOICE = re.compile(r"""\s*(?:\\(?:text|mbox|math)[a-z]*\ *\{\ *\(([A-J])\)
+    (?:[.:]?\ |\}(?:[ ~:]|\\[ ,;]|\\q?quad)+(?=[0-9A-Za-z$(]|\\frac|\\sqrt|\\text))
+    | (?:\\text[a-z]*\ *\{\ *)?([A-J])(?:\)|[:.](?=\ )))""", re.VERBOSE)
 OTHER_CHOICE = re.compile(r"(?<![A-Za-z])[A-J](?![A-Za-z])")
 
 
@@ -439,20 +430,14 @@ def read(answer, thousands=True):
     tokens = ()
     try:
         text = clean(answer)
-        if found := NUMBER.fullmatch(text):  # 81 % of MATH's answers end here
-            return negated(number(found[2])) if found[1] == "-" else number(found[2])
-        if found := CHOICE.fullmatch(text):
-            return ("var", found[1])
-        text = close_thousands(text) if thousands else text
+        if thousands:
+            bracket = re.search(r"[(\[]|\\\{|$", text).start()
+            closed = PLAIN_THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[0]), text[:bracket])
+            text = closed + text[bracket:]
         tokens = tokenise(text, prose=is_prose(text))
         return Reader(tokens).answer()
     except (Unreadable, RecursionError):
         return ("unread", ungrouped(tokens))
-
-
-NUMBER = re.compile(r"([+-]?) *([0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
-# A, (A), A), \textbf{(A)}
-CHOICE = re.compile(r"[({ ]*(?:\\(?:text[a-z]*|math(?:rm|bf|sf|it)) *)?[({ ]*([A-Z])[)} ]*[).:]?[)} ]*")
 
 
 def ungrouped(tokens):
@@ -480,21 +465,20 @@ SPELLINGS = r"""
     \frac \dfrac \tfrac \cfrac \nicefrac \sfrac   \binom \dbinom \tbinom   \sqrt √ sqrt
     \frac12 ½   \frac13 ⅓   \frac23 ⅔   \frac14 ¼   \frac34 ¾   \sqrt[3] ∛   \mathbb{R} ℝ
     \tan \tg   \cot \ctg   \csc \cosec   \arcsin asin   \arccos acos   \arctan atan \arctg
-    \arsinh \arcsinh   \arcosh \arccosh   \artanh \arctanh   \pi pi   \alpha alpha   \beta beta
-    \theta theta \vartheta   \epsilon ϵ \varepsilon   \phi ϕ \varphi   \mu µ   \Omega Ω"""
+    \ln \log log   \pi pi   \alpha alpha   \beta beta   \theta theta \vartheta
+    \epsilon ϵ \varepsilon   \phi ϕ \varphi   \mu µ   \Omega Ω"""
 GREEK = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma
     tau upsilon phi chi psi omega""".split()
 LAYOUT = r"""\, \; \: \! \> \# \& \quad \qquad \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl
     \Bigr \biggl \biggr \Biggl \Biggr \middle \displaystyle \textstyle \scriptstyle \limits
     \nolimits \thinspace \medspace \thickspace \negthinspace \enspace \space \noindent \rm \bf \it
     \boxed \ensuremath ~ " """.split() + ["\\ "]
-TRIGONOMETRIC = set(r"\sin \cos \tan \cot \sec \csc".split())
-FUNCTIONS = TRIGONOMETRIC | {rf"\arc{name[1:]}" for name in TRIGONOMETRIC} | set(
-    r"\sinh \cosh \tanh \coth \arsinh \arcosh \artanh \ln \log \lg \exp".split())
-LETTERS = {rf"\{name}" for low in GREEK for name in (low, low.capitalize())} | set(
-    r"\triangle \angle \hbar \ell \odot \dots \star \nabla".split()) - {r"\pi"}
+TRIGONOMETRIC = set("sin cos tan cot sec csc".split())
+FUNCTIONS = {rf"\{name}" for name in TRIGONOMETRIC} | set(r"\arcsin \arccos \arctan \ln \exp".split())
+NAMES = {rf"\{name}" for low in GREEK for name in (low, low.capitalize())} | set(
+    r"\triangle \angle \hbar \ell \odot \dots \star \nabla \mho \infty \emptyset".split())
 
-SAME = dict.fromkeys(LAYOUT, " ") | {name[1:]: name for name in FUNCTIONS}
+SAME = {name[1:]: name for name in FUNCTIONS} | dict.fromkeys(LAYOUT, " ")
 for entry in re.split(r" {3}|\n", SPELLINGS):
     SAME |= dict.fromkeys(entry.split()[1:], entry.split()[0] if entry.strip() else "")
 CHARACTERS = {name: f"{same} " for name, same in SAME.items() if not name.isascii()}
@@ -504,11 +488,11 @@ for entry in GREEK:
 CHARACTERS = str.maketrans(CHARACTERS)
 RAISED, LOWERED = re.compile("[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+"), re.compile("[₀-₎ₙ]+")
 
-DROPPED = set(r"\hspace \hspace* \vspace \phantom \hphantom \vphantom \label \tag \color".split())
+SYMBOL_FONTS = set(r"""\mathit \mathtt \boldsymbol \bm \mathcal \mathscr \mathfrak \mathbb""".split())
+FONTS = SYMBOL_FONTS | {r"\mathbf", r"\mathsf", r"\operatorname"}
 PROSE = set(r"""\text \textbf \textit \textrm \textsf \texttt \textnormal \textup \mbox \hbox \emph
     \underline \mathrm""".split())
-FONTS = set(r"""\mathbf \mathit \mathsf \mathtt \boldsymbol \bm \operatorname \mathcal \mathscr
-    \mathfrak \mathbb""".split())
+ACCENTS = set(r"\overline \bar \vec \hat \dot \ddot \widehat \tilde \overrightarrow".split())
 # "name spellings".  Only units of this list can contradict each other; any other word after a
 # number means nothing.
 UNITS = {spelling: line.split()[0] for line in """
@@ -527,62 +511,93 @@ UNITS = {spelling: line.split()[0] for line in """
 TYPED_UNITS = set(UNITS) | set("""mph unit units people students ways dogs points times marbles
     apples books cars integers values pairs solutions th st nd rd sq square cubic per edges vertices
     numbers old coins games balls cards tickets pieces triangles children men women boys girls
-    hundred thousand million billion trillion""".split())
-MULTIPLIERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # 10^n
+    """.split())
 NUMBER_WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen
     fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split()
 SIGNS = {"and": ",", "or": ",", "to": ":"}  # words that part members
-
+DIGITS = set("0123456789.")
 TOKEN = re.compile(r" +|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,9}(?![0-9.A-Za-z^]))?"
-                   r"|\\(?:begin|end)\{[a-z]+\}|\\[A-Za-z]+\*?|\\.|[A-Za-z]+"
+                   r"|\\[A-Za-z]+\*?|\\.|[A-Za-z]+"
                    r"""|[-+*/^_()\[\]{}|!,;:=<>&'%°?~"]""")
-WORD = re.compile(r"[A-Za-z][A-Za-z.'-]*|[.?](?![0-9])")
-BLANKS = re.compile(r"\s*")
+WORD = re.compile(r"[A-Za-z][A-Za-z0-9.'-]*|[.?](?![0-9])")
 # 1{,}000 1,\!000 1\,000 1~000 1'000: one mark per number ...
-MARKED_THOUSANDS = re.compile(
-    r"(?<![0-9.])[0-9]{1,3}(?=(\{, *\}|, *\\!|\{, *\\! *\}|\\[,;:> ]|~|'))(?:\1 *[0-9]{3})+(?![0-9])")
-# ... and 1,000 or 1 000, outside brackets, where a comma parts the members of a tuple
+MARKED_THOUSANDS = re.compile(r"(?<![0-9.])[0-9]{1,3}(?=(\{, *\}|, *\\!|\{, *\\! *\}|\\[,;:> ]|~|'))"
+                              r"(?:\1 *[0-9]{3})+(?![0-9])")
+# ... and 1,000 or 1 000, before any bracket, where a comma parts the members of a tuple
 PLAIN_THOUSANDS = re.compile(r"(?<![0-9.])(?<![0-9],)[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)"
                              r"(?![0-9]|,[0-9]| [0-9]| *(?:/|\\frac))")
-REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar) *\{? *([0-9]+) *\}?")
-# what one regular expression can bring into one form, in this order
-REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"^\s*\*\*([^*]+)\*\*\s*$", r"\1"),  # markdown's bold
-    (r"\\?\$|\\(?:left|right) *\.|(?<!\\)\\[()\[\]]", " "),  # delimiters, dollars
-    (r"\\(begin|end) *\{[pbB]?(?:small)?(?:matrix|array)\}(?: *\{[clr| ]*\})?", r"\\\1{matrix}"),
-    (r"\\\\ *\[[0-9.]* *[a-z]{2}\]", r"\\\\"),  # \\[2pt] between rows
-    (r"\^ *(?:\{ *\\circ *\}|\\circ(?![a-z])|°|\{ *° *\})|(?<=[0-9])\^(?:o\b|\{o\})", "°"),
-    (r"\\prime(?![a-z])", "'"),
-    (r"\^ *\{ *('[' ]*)\}|\^ *(?=')", r"\1"),
-    (r"\^ *\{? *(?:\\(?:text|mathrm) *\{)? *(st|nd|rd|th)\b *\}? *\}?", r" \\text{\1}"),
-    (r"\{ *: *\}", ":"),  # 8{:}30
-    (r"\b([aApP])\. ?[mM]\b\.?", r"\1m"),  # p.m.
-    (r"\b([fgh]) *\^ *\{? *- *1 *\}? *(?=\()", r"\1_{-1}"),  # f^{-1}(x) is no power
-    (r"\( *([0-9]+) *\) *_", r"\1_"),  # (204)_5
-    (r"\\mathbb *\{? *R *\}?", r"(-\\infty,\\infty)"),
-    (r"\b(?:np|math|numpy|sympy)\.(?=[a-z])", ""),
-    (r"\*\*", "^"),
-    (r"([0-9.]) *[xX] *(?=10 *\^)", r"\1*"))]  # 3x10^8
+
+
+class Unreadable(ValueError):
+    """The answer is outside the reader's language."""
+
+
+# "pattern -> replacement   why", in this order; ~ is a blank
+REWRITES = r"""
+    ^\s*\*\*([^*]+)\*\*\s*$ -> \1   markdown's bold
+    \\?\$|\\(?:left|right) *\.|(?<!\\)\\[()\[\]] -> ~   delimiters, dollars
+    \\[hv]space\*? *\{[^{}]*\}|\\[hv]?phantom *(?:\{[^{}]*\}|.) -> ~   layout
+    \\begin *\{([vpbB]?)(?:small)?(?:matrix|array)\}(?: *\{[clr| ]*\})? -> \\matrix\1\\row    as brackets
+    (?:\\\\ *)?\\end *\{([vpbB]?)(?:small)?(?:matrix|array)\} -> \\endrow\\endmatrix    within brackets
+    \\\\(?: *\[[0-9.]* *[a-z]{2}\])? -> \\endrow,\\row    also \\[2pt]
+    (?<!\\)& -> ,   between the entries of a row
+    \\lg(?![a-z]) -> \\log_{10}    of base 10, and log natural
+    \^ *(?:\{ *\\circ *\}|\\circ(?![a-z])|°|\{ *° *\})|(?<=[0-9])\^(?:o\b|\{o\}) -> °   degrees
+    ° *([CF])\b -> °\\text{\1}   Celsius
+    \\prime(?![a-z]) -> '   primes ...
+    \^ *\{ *('[' ]*)\}|\^ *(?=') -> \1   ... raised
+    (?<=[0-9]) *'[' ]* ->     seconds of arc, feet
+    \^ *\{? *(?:\\(?:text|mathrm) *\{)? *(st|nd|rd|th)\b *\}? *\}? ->  \\text{\1}   5th
+    \{ *: *\} -> :   8{:}30
+    \b([aApP])\. ?[mM]\b\.? -> \1m   p.m.
+    \b([fgh]) *\^ *\{? *- *1 *\}? *(?=\() -> \1_{-1}   f^{-1}(x) is no power
+    \( *([0-9]+) *\) *_ -> \1_   (204)_5
+    (?<![0-9A-Za-z\\{])([0-9]*[A-Z][0-9A-Z]+)(?= *_ *\{?1[1-6]) -> \\text{\1}   A5_{11}
+    \\mathbb *\{? *R *\}? -> (-\\infty,\\infty)   all numbers
+    < *= -> \\le    as typed
+    > *= -> \\ge    as typed
+    \*\* -> ^   as typed
+    \b(?:np|math|sympy)\.(?=[a-z]) ->     np.sqrt
+    ([0-9.]) *[xX] *(?=10 *\^) -> \1*   3x10^8
+    (?<=[0-9]) *(?:\\(?:text|mbox) *\{ *)?million\b *\}? -> *10^6    5 million
+    \{([^{}]*)\\over(?![a-z])([^{}]*)\} -> \\frac{\1}{\2}   {a \over b}
+    \{([^{}]*)\\choose(?![a-z])([^{}]*)\} -> \\binom{\1}{\2}   {n \choose k}
+    \\[dtc]?frac *([0-9])(?![0-9]{2}) * -> \\frac{\1}   \frac12 takes one digit ...
+    (\\[dtc]?frac *\{[^{}]*\}) *([0-9])(?![0-9.]) -> \1{\2}   ... for each part
+    (\\[dtc]?frac *\{[^{}]*\} *[0-9])(?=[0-9.]) -> \1?   \frac{1}23 is unclear"""
+REWRITES = [(re.compile(pattern), new.replace("~", " ")) for pattern, new in re.findall(
+    r"^ {4}(.+?) -> (.*?)   .+$", REWRITES, re.MULTILINE)]
+MIXED = re.compile(r"(?<![0-9.^_A-Za-z}])([0-9]+) *(?:\\[dtc]?frac *\{ *([0-9]+) *\} *\{ *([0-9]+)"
+                   r" *\}| ([0-9]+) */ *([0-9]+))")
+REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) *\{? *([0-9]+) *\}?")
 
 
 def clean(text):
-    """Characters to plain LaTeX: delimiters gone, thousands marks closed up.  Raises Unreadable."""
+    """Characters to plain LaTeX: delimiters gone, numbers in one form.  Raises Unreadable."""
     if len(text) > MAX_CHARACTERS or "\0" in text:
         raise Unreadable("too long, or a NUL character")
-    text = re.sub(r"\s", " ", text)
+    text = re.sub(r"\s", " ", text).rstrip(" .\\")
     if not text.isascii():
-        text = RAISED.sub(lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
-        text = LOWERED.sub(lambda m: "_{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
+        for mark, characters in ("^", "[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+"), ("_", "[₀-₎ₙ]+"):
+            text = re.sub(characters, rf"{mark}{{\g<0>}}", text)
         text = unicodedata.normalize("NFKC", text.translate(CHARACTERS)).translate(CHARACTERS)
         # invisible marks and currencies
-        text = "".join(c for c in text if c.isascii() or unicodedata.category(c) not in ("Cf", "Sc"))
-    if re.search(r"\\\\[A-Za-z{}]", text) and not re.search(r"(?<!\\)(?:\\\\)*\\[A-Za-z]", text):
+        text = "".join(c for c in text if c == "$" or unicodedata.category(c) not in ("Cf", "Sc"))
+    if re.search(r"\\\\[A-Za-z{}$%]", text) and not re.search(r"(?<!\\)(?:\\\\)*\\[A-Za-z]", text):
         text = text.replace("\\\\", "\\")  # every command was escaped once too often, as in JSON
+    text = MARKED_THOUSANDS.sub(lambda m: re.sub("[^0-9]", "", m[0]), text)
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    text = MARKED_THOUSANDS.sub(lambda m: re.sub("[^0-9]", "", m[0]), text)
-    text = REPEATING.sub(repeating, text)
+    text = MIXED.sub(mixed, REPEATING.sub(repeating, text))
     return text.lstrip(" ,;:~").rstrip(" .,;:~\\")
+
+
+def mixed(found):
+    r"""2\frac14 and 2 1/4 are {2+\frac{1}{4}}; 2\frac54 is nothing."""
+    whole, top, bottom = filter(None, found.groups())
+    if not 0 < int(top) < int(bottom):
+        raise Unreadable("a number before a fraction that is not below 1")
+    return rf"{{{whole}+\frac{{{top}}}{{{bottom}}}}}"
 
 
 def repeating(found):
@@ -592,21 +607,12 @@ def repeating(found):
     return rf"\frac{{{top}}}{{{'9' * len(period)}{'0' * len(head)}}}"
 
 
-def close_thousands(text):
-    """1,000 to 1000, outside brackets."""
-    def closed(found):
-        before = text[:found.start()]
-        depth = len(re.findall(r"[(\[]|\\\{", before)) - len(re.findall(r"[)\]]|\\\}", before))
-        return found[0] if depth > 0 else re.sub("[, ]", "", found[0])
-    return PLAIN_THOUSANDS.sub(closed, text)
-
-
 def is_prose(text):
     r"""Words typed without \text: even, two lines, LQSX.  Short lower-case runs are products."""
     runs = re.findall("[A-Za-z]+", text)
-    return (re.fullmatch("[A-Za-z][A-Za-z ,'-]*(?: [0-9]+)?", text) is not None
-            and SAME.keys().isdisjoint(runs)
-            and any(len(run) > 3 or run.isupper() and len(run) > 1 for run in runs))
+    typed = re.fullmatch("[A-Za-z][A-Za-z ,'-]*(?: [0-9]+)?", text)
+    words = [run for run in runs if len(run) > 3 or run.isupper() and len(run) > 1]
+    return bool(typed and words and SAME.keys().isdisjoint(runs))
 
 
 def tokenise(text, prose=False):
@@ -617,29 +623,32 @@ def tokenise(text, prose=False):
         found = word or TOKEN.match(text, at)
         if not found or len(tokens) > MAX_TOKENS:
             raise Unreadable(f"character {text[at]!r}, or too many tokens")
-        token, at = found[0], found.end()
-        if not word:
-            token = SAME.get(token, token)
+        token, at = found[0] if word else SAME.get(found[0], found[0]), found.end()
+        before = tokens[-1] if tokens else " "
         if word:
             word = token.replace(".", "").strip("?'-")
             tokens += [SIGNS.get(word.lower(), f'"{word}')] if word else []
-        elif token in DROPPED:
-            _, at = command_argument(text, at)
         elif token in PROSE or token in FONTS:
-            content, at = command_argument(text, at)
+            content, at = argument(text, at)
             tokens += styled(token, content)
+        elif token in ACCENTS or token == "_" and before[0] == "$":  # part of a name
+            content, at = argument(text, at)
+            name = tokens.pop() if token == "_" else "$"
+            tokens.append(name + token + re.sub(r"\\text|\\mathrm|[{} ]", "", content))
+        elif token == "'" and before[0] == "$":
+            tokens[-1] += "'"
         elif token.isalpha():
-            tokens += letters(token, tokens[-1] if tokens else "")
+            tokens += letters(token, before)
         elif token.strip():
-            tokens.append(token)
+            tokens.append("$" + token if token in NAMES else token)
     return tokens
 
 
-def command_argument(text, at):
+def argument(text, at):
     """(argument, its end) of the command that ends at `at`: a group in braces or one token."""
-    at = BLANKS.match(text, at).end()
-    content = braced(text, at)
-    if content is not None:
+    while text[at:at + 1] == " ":
+        at += 1
+    if text[at:at + 1] == "{" and (content := braced(text, at)) is not None:
         return content, at + len(content) + 2
     found = TOKEN.match(text, at)
     return (found[0], found.end()) if found else ("", at)
@@ -649,83 +658,82 @@ def styled(command, content):
     r"""Tokens of the content of \text{...} or of a font such as \mathbf{...}."""
     name = content.strip()
     if len(name) == 1 and name.isalpha() and (command in FONTS or name in "eid"):
-        return [name]
+        return ["$" + name]
     if name in SAME and name.isalpha():  # \operatorname{arcsin}
         return [SAME[name]]
-    return tokenise(content, prose=command in PROSE or command in (r"\operatorname", r"\mathbf"))
+    formula = re.search(r"[+=^_/]|\\[A-Za-z]|[0-9][A-Za-z]", content)
+    return tokenise(content.rstrip(" ."), prose=not formula and command not in SYMBOL_FONTS)
 
 
 def letters(run, before):
     """Tokens of a run of letters: a function without its backslash, a unit, or a product."""
     if run in SAME:
-        return [SAME[run]]
-    value_before = before[:1] in DIGITS or before[:1] in set('")}%°/')
-    if run.lower() in SIGNS and (run.lower() != "to" or value_before):
+        return ["$" + SAME[run] if SAME[run] in NAMES else SAME[run]]
+    after_value = before[0] in DIGITS or before[0] in ')}%°/"'
+    if run.lower() in SIGNS and (run.lower() != "to" or after_value):
         return [SIGNS[run.lower()]]
-    after_name = len(before) == 1 and before.isalpha() and len(run) > 3
-    if len(run) > 1 and {run, run.lower()} & TYPED_UNITS and (value_before or after_name):
+    is_unit = len(run) > 1 and {run, run.lower()} & TYPED_UNITS
+    if is_unit and (after_value or before[0] == "$" and len(run) > 3):
         return [f'"{run}']
     if found := re.fullmatch("(arcsin|arccos|arctan|sin|cos|tan|ln|log|pi)([A-Za-z]{1,2})", run):
-        return [SAME[found[1]], *found[2]]  # sinx, pir
-    return list(run)
+        return [*letters(found[1], " "), *letters(found[2], " ")]  # sinx, pir
+    return [f"${letter}" for letter in run]
 
 
-DIGITS = set("0123456789.")
+# ----- tokens to a tree: 12.5 is a number, $x a name, "cm a word, and all others are themselves
 
-# ----- tokens to a tree
-
-OVER, RELATION, UNION, RATIO, SUM, PRODUCT, POWER, UNIT = range(1, 9)  # how tightly each binds
-RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=",
-             r"\approx": "~"} | {name: name for name in r"""\in \notin \sim \equiv \to \implies
-             \iff \subset \subseteq \perp \parallel \propto""".split()}
-BINDING = dict.fromkeys(RELATIONS, RELATION) | {
-    r"\over": OVER, r"\choose": OVER, r"\cup": UNION, r"\cap": UNION, ":": RATIO, "+": SUM,
-    "-": SUM, r"\pm": SUM, r"\mp": SUM, "*": PRODUCT, "/": PRODUCT, "^": POWER, "!": POWER,
-    "%": POWER, "°": POWER, "'": POWER}
-TURNED = {">": "<", ">=": "<=", "<": ">", "<=": ">="}
-BRACKETS = {r"\{\}": "set", "{}": "set", r"\langle\rangle": "<>"} | {
-    shape: shape for shape in ("()", "[]", "[)", "(]")}
-CLOSERS = {"", ")", "]", "}", r"\}", r"\rangle", r"\rfloor", r"\rceil", "&", r"\\", r"\end{matrix}",
-           r"\end{vmatrix}"}
-ENDS = CLOSERS | set(RELATIONS) | {",", ";"}
-CONSTANTS = {r"\pi": ("const", "pi"), r"\infty": ("const", "infinity"), r"\emptyset": ("seq", "set"),
-             "e": ("const", "e"), "i": ("const", "i")}
-ACCENTS = set(r"\overline \bar \vec \hat \dot \ddot \widehat \tilde \overrightarrow".split())
-STARTS = FUNCTIONS | LETTERS | ACCENTS | set(CONSTANTS) | set(
-    r"\frac \binom \sqrt \lfloor \lceil \begin{matrix} \begin{vmatrix} ( [ {".split())
-CONDITIONS = set("if when where for not mod is".split())  # no unit: x if x > 0
-MIXED = re.compile(r"\\frac(?:[0-9]|\{[0-9]+\})(?:[0-9]|\{[0-9]+\})")
-NAMED = re.compile("[fghFGHP]'*|[fgh]_-1")  # f(...) is no product
+# operators by how tightly they bind, the loosest first
+LEVELS = [r"= < > \le \ge \ne \approx \in \notin \sim \equiv \to \implies \subset \subseteq \perp",
+          r"\cup \cap", ":", r"+ - \pm \mp", "* /", "^ ! _ % °"]
+RELATION, UNION, RATIO, SUM, PRODUCT, POWER, UNIT = range(1, 8)
+BINDING = {token: n for n, tokens in enumerate(LEVELS, 1) for token in tokens.split()}
+BRACKETS = dict(pair.split() for pair in r"""() (); [] []; {} {}; [) [); (] (]; \{\} set; || abs;
+    \langle\rangle <>; \lfloor\rfloor floor; \lceil\rceil ceil; \row\endrow row;
+    \matrix\endmatrix matrix; \matrixp\endmatrix matrix; \matrixb\endmatrix matrix;
+    \matrixB\endmatrix matrix; \matrixv\endmatrix determinant""".split(";"))
+OPENING = set(r"""( [ { \{ | \langle \lfloor \lceil \row \matrix \matrixp \matrixb \matrixB
+    \matrixv""".split())
+CLOSING = set(r") ] } \} \rangle \rfloor \rceil \endrow \endmatrix".split()) | {""}
+ENDS = CLOSING | set(LEVELS[0].split()) | {",", ";"}
+STARTS = FUNCTIONS | OPENING - {r"\{"} | {r"\frac", r"\binom", r"\sqrt"}
+CONSTANTS = {r"\pi": ("const", "pi"), r"\infty": ("const", "infinity"), "e": ("const", "e"),
+             "i": ("const", "i"), r"\emptyset": ("seq", "set")}
+CALL = re.compile(r"(?:[fghFGHP]'*|[fgh]_-1)\(|[A-Za-z]'*\(\$?[A-Za-z0]\)")  # f(...), I(0)
+NO_UNIT = set("if when where for not mod is hundred thousand trillion".split())  # x if x > 0
+UNITS_TEXT = re.compile(r"([/*] )*([A-Za-z%-]+ (\^ (\{ )?(- )?[0-9] (\} )?)?([/*] )*)+")
+ONE_UNIT = re.compile(r"(square |sq |cubic |)([A-Za-z%]+) (?:\^ (?:\{ )?([0-9]) (?:\} )?)?")
+SHAPES = {"": 1, "square ": 2, "sq ": 2, "cubic ": 3}
 
 
 class Reader:
     """
     A Pratt parser: one loop, in which the operator that binds more tightly takes the operand.
 
-    Every method reads what its name says from the tokens, or raises Unreadable.
+    Every method reads from the tokens what its name says, or raises Unreadable.
     """
 
     def __init__(self, tokens):
-        self.tokens, self.at = tokens, 0
+        self.tokens, self.at = [*tokens, ""], 0
         self.depth = self.bars = self.angles = 0  # inside operands, |...|, arguments of a sine
         self.unit = None  # of the item that is being read
 
     @property
     def next(self):
-        return self.tokens[self.at] if self.at < len(self.tokens) else ""
+        return self.tokens[self.at]
 
     def take(self):
+        if not self.next:
+            raise Unreadable("it ends too early")
         self.at += 1
-        return self.tokens[self.at - 1] if self.at <= len(self.tokens) else ""
+        return self.tokens[self.at - 1]
 
     def took(self, *tokens):
         found = self.next in tokens
         self.at += found
         return found
 
-    def expect(self, *tokens):
-        if not self.took(*tokens):
-            raise Unreadable(f"{self.next!r} instead of {tokens}")
+    def at_end(self, ends=ENDS):
+        return self.next in ends or self.next == "|" and self.bars > 0
 
     def answer(self):
         members = self.members()
@@ -734,28 +742,22 @@ class Reader:
         return members[0] if len(members) == 1 else ("seq", "list", *members)
 
     def members(self):
-        """Items up to a closing bracket."""
+        """Items, with commas between them, up to a closing bracket."""
         found = []
         while True:
             while self.took(",", ";"):
                 pass
-            if self.next in CLOSERS or self.at_closing_bar():
+            if self.at_end(CLOSING):
                 return found
             found.append(self.item())
             if self.next not in (",", ";"):
                 return found
-
-    def at_closing_bar(self):
-        return self.next == "|" and self.bars > 0
 
     def item(self):
         """One member: an expression or relation, and its unit."""
         outer, self.unit = self.unit, None
         self.took("=", r"\approx")  # "= 5", "\approx 8.24"
         node = self.expression()
-        if node[0] == "rel" and node[1][0] in (">", ">="):  # one direction: a > b is b < a
-            ops = tuple(TURNED.get(op, op) for op in reversed(node[1]))
-            node = ("rel", ops, *reversed(node[2:]))
         unit, self.unit = self.unit, outer
         return ("unit", unit, node) if unit else node
 
@@ -764,24 +766,22 @@ class Reader:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unreadable("nested too deeply")
-        left = self.operand(self.take())
+        left = self.operand()
         while (binding := self.binding()) > strength:
             left = self.operation(left, binding)
         self.depth -= 1
         return left
 
     def binding(self):
-        """How tightly the next token binds what was just read; 0 if it ends the expression."""
+        """How tightly the next token binds what was just read; 0: not at all."""
         token = self.next
-        following = self.tokens[self.at + 1:self.at + 2]
-        if token[:1] == '"' or token in ("/", "*") and following and following[0][0] == '"':
+        if token[:1] == '"' or token in ("/", "*") and self.tokens[self.at + 1][:1] == '"':
             return UNIT
-        return BINDING.get(token) or (PRODUCT if self.starts_factor() else 0)
+        return BINDING.get(token) or PRODUCT * self.starts_factor()
 
     def starts_factor(self):
         token = self.next
-        return (token in STARTS or token[:1] in DIGITS or token.isalpha()
-                or token == "|" and not self.bars)
+        return token in STARTS and not self.at_end() or token[:1] == "$" or token[:1] in DIGITS
 
     def operation(self, left, binding):
         """`left` joined with the next operator and what belongs to it."""
@@ -789,284 +789,161 @@ class Reader:
         if binding == UNIT:
             return self.units(left)
         if token not in BINDING:  # two factors side by side
-            if token[:1] in DIGITS and self.tokens[self.at - 1] not in (")", "]"):
+            if token[0] in DIGITS and self.tokens[self.at - 1] not in (")", "]"):
                 raise Unreadable("a number after a factor")
             return product(left, self.expression(PRODUCT))
         self.take()
         if binding == POWER:
             return self.postfix(left, token)
-        if token in ("<", ">") and self.took("="):
-            token = {"<": r"\le", ">": r"\ge"}[token]
         right = self.expression(binding)
         if binding == RELATION:
-            ops, *sides = left[1:] if left[0] == "rel" else ((), left)
-            if len(sides) == MAX_SIDES:
-                raise Unreadable("a long chain of relations")
-            return ("rel", (*ops, RELATIONS[token]), *sides, right)
+            return related(left, token, right)
         if binding in (UNION, RATIO):
             return joined("seq", token, left, right)
-        if token in ("/", r"\over"):
-            return quotient(left, right)
-        if token == r"\choose":
-            return ("op", "binom", left, right)
-        if token == "*":
-            return product(left, right)
+        if token in ("*", "/"):
+            return product(left, right) if token == "*" else quotient(left, right)
         if token != "+":
             right = negated(right) if token == "-" else ("op", token, right)
         return joined("op", "+", left, right)
 
     def postfix(self, left, token):
         if token == "^":
-            return ("op", "^", left, self.exponent())
+            return ("op", "^", left, self.operand())
         if token == "!":
             return ("op", "!", left)
-        if token == "%":
-            self.unit = "%^1"
-        elif token == "°" and self.next in ("C", "F", '"C', '"F'):
-            self.unit = self.take()[-1] + "^1"
-        elif token == "°" and self.angles:  # in sin 30 degrees a factor, elsewhere a unit
-            return product(left, ("op", "/", CONSTANTS[r"\pi"], integer(180)))
-        elif token == "°":
-            self.unit = "deg^1"
-        elif left[0] != "num":  # 3'': seconds of arc, feet
-            raise Unreadable("a prime")
+        if token == "_":  # 204_5
+            base = self.operand()
+            if left[0] != "num" or base[0] != "num":
+                raise Unreadable("an index of what is no name")
+            return left if base == integer(10) else ("base", (left, base))
+        if token == "°" and self.angles:  # in sin 30 degrees a factor, elsewhere a unit
+            return product(left, quotient(CONSTANTS[r"\pi"], integer(180)))
+        self.unit = f"{'deg' if token == '°' else token}^1"
         return left
 
     def units(self, left):
-        """cm, square cm, kcal m^-2 yr^-1, miles / hour: name^power, at the end of an item."""
-        powers, below, shape = Counter(), False, 1
-        while self.next[:1] == '"' or self.next in ("/", "*"):
-            word = self.take().strip('"')
-            if word in CONDITIONS:
-                raise Unreadable("a condition")
-            if word in ("/", "per"):
-                below = True
-            elif word in ("square", "sq", "cubic"):
-                shape = 3 if word == "cubic" else 2
-                powers["?"] += 0 if self.next[:1] == '"' else 1
-            elif word in MULTIPLIERS:
-                left = product(left, integer(10 ** MULTIPLIERS[word]))
-            elif word not in ("*", "of"):
-                power = self.exponent() if self.took("^") else integer(shape)
-                if power[0] != "num":
-                    raise Unreadable("a unit to a power that is no number")
-                name = UNITS.get(word) or UNITS.get(word.lower(), "?")
-                powers[name] += -power[1][0] if below else power[1][0]
-                below, shape = False, 1
-        if self.next not in ENDS and not self.at_closing_bar():
-            raise Unreadable("a unit in the middle")
-        if powers:
-            names = " ".join(f"{name}^{power}" for name, power in sorted(powers.items()) if power)
-            self.unit = "?" if "?" in names else names
+        """The words up to the end of the item: cm, square cm, kcal m^-2 yr^-1, miles / hour."""
+        words = [word.strip('"') for word in self.rest()]
+        names = [UNITS.get(word) or UNITS.get(word.lower()) for word in words]
+        text = "".join(f"{name or word} " for name, word in zip(names, words, strict=True))
+        if not UNITS_TEXT.fullmatch(text) or not NO_UNIT.isdisjoint(words):
+            raise Unreadable(f"{text} is no unit")
+        self.unit = text if any(names) else "?"
+        if any(names) and (found := ONE_UNIT.fullmatch(text)):
+            self.unit = f"{found[2]}^{found[3] or SHAPES[found[1]]}"
         return left
 
-    def exponent(self):
-        if self.next[:1] in DIGITS:  # x^10 as people type it, not LaTeX's x^1 0
-            return number(self.take())
-        return negated(self.exponent()) if self.took("-") else self.argument()
+    def rest(self):
+        start, depth = self.at, 0
+        while depth or not self.at_end():
+            depth += {"{": 1, "}": -1}.get(self.take(), 0)
+        return self.tokens[start:self.at]
 
-    def argument(self):
-        r"""What a command takes: a group in braces, or ONE token, of a number one digit: \frac12."""
-        if self.next[:1] in DIGITS and len(self.next) > 1:
-            if len(self.next) > 2 or not self.next.isdigit():
-                raise Unreadable("an argument of several digits without braces")
-            self.tokens[self.at:self.at + 1] = self.next
+    def operand(self):
         token = self.take()
-        if token[:1] in DIGITS:
+        if token[0] in DIGITS:
             return number(token)
-        return CONSTANTS.get(token, ("var", token)) if token.isalpha() else self.operand(token)
-
-    def operand(self, token):
-        """What begins with `token`, which has been taken."""
-        if token[:1] in DIGITS:
-            return self.numeral(token)
-        if token == "-":
-            return negated(self.expression(PRODUCT))
-        if token == "+":
-            return self.expression(PRODUCT)
-        if token in (r"\pm", r"\mp"):
-            return ("op", token, self.expression(PRODUCT))
-        if token in ("(", "[", "{", r"\{", r"\langle"):
-            return self.bracket(token)
-        if token == "|":
-            self.bars += 1
-            node = ("op", "abs", self.expression())
-            self.bars -= 1
-            self.expect("|")
-            return node
-        if token[:1] == '"':
+        if token[0] == "$":
+            return self.name(token[1:])
+        if token[0] == '"':
             return self.words(token[1:])
-        if token in CONSTANTS and self.next != "_":
-            return CONSTANTS[token]
-        if token.isalpha() or token in LETTERS:
-            return self.name(token)
-        if token in (r"\frac", r"\binom"):
-            first, second = self.argument(), self.argument()
-            return quotient(first, second) if token == r"\frac" else ("op", "binom", first, second)
+        if token in ("+", "-", r"\pm", r"\mp"):
+            node = self.expression(PRODUCT)
+            return node if token == "+" else negated(node) if token == "-" else ("op", token, node)
+        if token in OPENING:
+            return self.bracket(token)
+        if token == r"\frac":
+            return quotient(self.operand(), self.operand())
+        if token == r"\binom":
+            return binomial(self.operand(), self.operand())
         if token == r"\sqrt":
             return self.root()
-        if token in (r"\lfloor", r"\lceil"):
-            node = ("op", token[2:], self.expression())
-            self.expect(rf"\r{token[2:]}")
-            return node
-        if token in ACCENTS:
-            start = self.at
-            self.argument()
-            name = "".join(self.tokens[start:self.at])
-            if not re.match(r"\{?[A-Za-z\\]", name):
-                raise Unreadable("an accent over what is no name")
-            return self.name(token + name.strip("{}"))
         if token in FUNCTIONS:
             return self.function(token[1:])
-        if token in (r"\begin{matrix}", r"\begin{vmatrix}"):
-            return self.matrix(token)
         raise Unreadable(f"{token!r} is not the start of a value")
 
-    def numeral(self, digits):
-        r"""A number, a numeral in a base (204_5), or a mixed number (2\frac14, 2 1/4)."""
-        if self.took("_"):
-            base = number(self.take()) if self.next[:1] in DIGITS else self.argument()
-            if base[0] != "num":
-                raise Unreadable("a base that is no number")
-            decimal = base[1][0] == 10
-            return number(digits) if decimal else ("base", (digits.lstrip("0"), base[1][0]))
-        following = self.tokens[self.at:self.at + 7]
-        if not digits.isdigit():
-            return number(digits)
-        if MIXED.match("".join(following)):
-            self.take()
-            fraction = quotient(self.argument(), self.argument())
-        elif following[1:2] == ["/"] and following[0][0] in DIGITS and self.at + 2 < len(self.tokens):
-            fraction = quotient(number(self.take()), number(self.tokens[self.at + 1]))
-            self.at += 2
-        else:
-            return number(digits)
-        if fraction[0] != "num" or not 0 < fraction[1][0] < 1:
-            raise Unreadable("a number before a fraction that is not below 1")
-        return ("num", (int(digits) + fraction[1][0], None))
-
     def words(self, word):
-        """A number word, a lone letter, or a text up to the end of the item."""
-        if self.next[:1] != '"' or self.next[1:] in MULTIPLIERS:
-            if word.lower() in NUMBER_WORDS:
-                return integer(NUMBER_WORDS.index(word.lower()))
-            if len(word) == 1:
-                return CONSTANTS.get(word) or self.name(word)
-        while self.next[:1] == '"' or self.next[:1] in DIGITS:
-            word += self.take().strip('"')
-        if self.next not in ENDS:
-            raise Unreadable("a text in the middle")
-        return ("text", word.lower())
+        """A lone letter, a number word, or a text up to the end of the item."""
+        if self.next[:1] != '"' and len(word) == 1:
+            return self.name(word)
+        rest = self.rest()
+        if not rest and word.lower() in NUMBER_WORDS:
+            return integer(NUMBER_WORDS.index(word.lower()))
+        return ("text", "".join((word, *rest)).translate(LETTERS_ONLY).lower())
 
     def name(self, name):
-        """A variable with its index and primes, or an unknown function: f(x), I(0)."""
-        while self.next in ("_", "'"):
-            if self.take() == "'":
-                name += "'"
-                continue
-            start, depth = self.at, 0
-            while depth or self.at == start:
-                token = self.take()
-                if not token:
-                    raise Unreadable("an index that does not end")
-                depth += {"{": 1, "}": -1}.get(token, 0)
-            name += "_" + "".join(self.tokens[start:self.at]).translate(INDEX)
-        one = re.fullmatch(r"\(([a-zA-Z]|0)\)", "".join(self.tokens[self.at:self.at + 3]))
-        if NAMED.fullmatch(name) or one and len(name.strip("'")) == 1:
-            if self.took("("):
-                members = self.members()
-                self.expect(")")
-                return ("call", name, *members)
-        return ("var", name)
+        """A constant, a variable, or an unknown function: f(x), I(0)."""
+        if not CALL.match(name + "".join(self.tokens[self.at:self.at + 3])):
+            return CONSTANTS.get(name) or ("var", name)
+        self.take()
+        members = self.members()
+        if not self.took(")"):
+            raise Unreadable("a bracket that does not close")
+        return ("call", name, *members)
 
     def root(self):
         index = integer(2)
         if self.took("["):
             index = self.expression()
-            self.expect("]")
-        # \sqrt12 as people mean it
-        inside = number(self.take()) if self.next[:1] in DIGITS else self.argument()
-        return ("op", "root", inside, index)
+            self.took("]")
+        return ("op", "root", self.operand(), index)
 
     def function(self, name):
         power = base = None
         while self.next in ("^", "_"):
             if self.take() == "^":
-                power = self.exponent()
+                power = self.operand()
             else:
-                base = self.argument()
-        self.angles += "\\" + name in TRIGONOMETRIC
+                base = self.operand()
+        self.angles += name in TRIGONOMETRIC
         if self.next in ("(", "{", "|"):
-            inside = self.operand(self.take())
+            inside = self.operand()
         else:  # sin 2 pi x takes all factors up to the next function, bracket or operator
             inside = self.expression(PRODUCT)
-            stops = {"(", "[", "|", *FUNCTIONS}
-            while self.starts_factor() and self.next not in stops and self.next[:1] not in DIGITS:
+            stops = FUNCTIONS | {"(", "[", "|"}
+            while self.starts_factor() and self.next not in stops and self.next[0] not in DIGITS:
                 inside = product(inside, self.expression(PRODUCT))
-        self.angles -= "\\" + name in TRIGONOMETRIC
-        if base is not None and name != "log":
-            raise Unreadable(f"{name} with an index")
-        if power == integer(-1) and "\\" + name in TRIGONOMETRIC:
-            return ("op", "arc" + name, inside)
-        if name == "exp":
-            node = ("op", "^", CONSTANTS["e"], inside)
-        elif name == "lg" or base is not None:
-            node = ("op", "/", ("op", "ln", inside), ("op", "ln", base or integer(10)))
-        else:
-            node = ("op", "ln" if name == "log" else name, inside)
+        self.angles -= name in TRIGONOMETRIC
+        if power == integer(-1) and name in TRIGONOMETRIC:
+            return ("op", f"arc{name}", inside)
+        node = ("op", name, inside)
+        node = quotient(node, ("op", name, base)) if base else node
         return ("op", "^", node, power) if power else node
 
     def bracket(self, opening):
-        r"""( ), [ ], { }, \{ \} and half-open intervals; a single member is only grouped."""
-        outside, self.bars = (self.bars, self.unit), 0
+        r"""( ), [ ], { }, \{ \}, half-open intervals, |x|, floors, matrices."""
+        outside, self.bars = (self.bars, self.unit), int(opening == "|")
         members = self.members()
-        shape = opening + self.take()
+        style = BRACKETS.get(opening + self.take())
         self.bars, self.unit = outside
-        if shape not in BRACKETS or not members and shape != r"\{\}":
-            raise Unreadable(f"brackets {shape}")
-        if len(members) > 1 or shape not in ("{}", "()", "[]"):
-            return ("seq", BRACKETS[shape], *members)
-        if members[0][0] == "unit":
-            self.unit = members[0][1]
-        return without_unit(members[0])
-
-    def matrix(self, opening):
-        rows, row, closing = [], [], opening.replace("begin", "end")
-        while not self.took(closing):
-            row.append(self.item())
-            if not self.took("&"):
-                rows.append(("seq", "row", *row))
-                row = []
-                if not self.took(r"\\") and self.next != closing:
-                    raise Unreadable("a matrix row that does not end")
-        if len({len(row) for row in rows}) != 1:
-            raise Unreadable("a ragged matrix")
-        return ("seq", "matrix" if "{m" in opening else "determinant", *rows)
+        if not style or not members and style != "set":
+            raise Unreadable("brackets that do not match, or are empty")
+        if len(members) > 1 or style not in ("()", "[]", "{}", "abs", "floor", "ceil"):
+            return ("seq", style, *members)
+        node = without_unit(members[0])
+        if style in ("abs", "floor", "ceil"):
+            return ("op", style, node)
+        self.unit = members[0][1] if members[0][0] == "unit" else self.unit
+        return node
 
 
-INDEX = str.maketrans("", "", '{}"')
+LETTERS_ONLY = str.maketrans("", "", '"${}')
 
 
 def number(digits):
-    """
-    A literal, 12 or .5 or 1.60e-19, as ("num", (Fraction, places)); places: digits after the point,
-    None for an integer.
-    """
+    """A literal, 12 or .5 or 1.60e-19."""
     mantissa, _, exponent = digits.lower().partition("e")
-    whole, _, decimals = mantissa.partition(".")
-    shift = int(exponent or 0)
-    if not mantissa[:1] in DIGITS or abs(shift) > 400:
-        raise Unreadable("no number, or its exponent is beyond 400")
-    value = Fraction(int(whole + decimals or 0), 10 ** len(decimals)) * Fraction(10) ** shift
-    return ("num", (value, len(decimals) - shift if decimals else None))
+    if abs(int(exponent or 0)) > 400:
+        raise Unreadable("the exponent of a number is beyond 400")
+    return ("num", Fraction(mantissa) * Fraction(10) ** int(exponent or 0))
 
 
 def integer(n):
-    return ("num", (Fraction(n), None))
+    return ("num", Fraction(n))
 
 
 def negated(node):
-    return ("num", (-node[1][0], node[1][1])) if node[0] == "num" else ("op", "neg", node)
+    return ("num", -node[1]) if node[0] == "num" else ("op", "neg", node)
 
 
 def joined(tag, label, left, right):
@@ -1083,25 +960,35 @@ def product(a, b):
 
 
 def quotient(a, b):
-    """a / b; of integers the number itself, so that a fraction is one node."""
-    if a[0] == b[0] == "num" and b[1][0] and a[1][1] is None and b[1][1] is None:
-        return ("num", (a[1][0] / b[1][0], None))
-    return product(a, ("op", "/", integer(1), b)) if a[0] == "seq" else ("op", "/", a, b)
+    return product(a, ("op", "^", b, integer(-1)))
+
+
+def binomial(n, k):
+    below = product(("op", "!", k), ("op", "!", joined("op", "+", n, negated(k))))
+    return quotient(("op", "!", n), below)
+
+
+def related(left, op, right):
+    """One more side of a chain a = b < c; what follows the value of 4 sqrt 2 ~ 5.66 is left out."""
+    ops, *sides = left[1:] if left[0] == "rel" else ((), left)
+    if len(sides) == MAX_SIDES:
+        raise Unreadable("a long chain of relations")
+    if op == r"\approx" and not is_name(sides[-1]):
+        return left
+    return ("rel", (*ops, "=" if op == r"\approx" else op), *sides, right)
 
 
 # ----- trees compared part by part; p is of the prediction, g of the gold answer
 
-UNORDERED = ("list", "set")
-
 
 def is_list(node):
-    return node[0] == "seq" and node[1] in UNORDERED
+    return node[0] == "seq" and node[1] in ("list", "set", "{}")
 
 
 def same(p, g):
     """Equality of two trees."""
     if p == g:
-        return p[0] != "unread" or bool(p[1])
+        return p != ("unread", ())
     p_unit, g_unit = (node[1] if node[0] == "unit" else None for node in (p, g))
     if p_unit and g_unit and p_unit != g_unit and "?" not in (p_unit, g_unit):
         return False
@@ -1111,18 +998,17 @@ def same(p, g):
         return bool(values) and all(same(value, g) for value in values)
     if g[0] == "rel" and p[0] != "rel":  # a gold answer may state its value twice: 0.56 = 56%
         return any(same(p, value) for value in stated_values(g))
-    p_members, g_members = members_of(p), members_of(g)
-    if len(p_members) != 1 or len(g_members) != 1:
-        return same_members(p_members, g_members)
-    p, g = p_members[0], g_members[0]
+    ps, gs = members_of(p), members_of(g)
+    if len(ps) != 1 or len(gs) != 1:
+        return same_members(ps, gs)
+    (p,), (g,) = ps, gs
     if p[0] == g[0] == "rel":
         return same_relation(p, g)
     if "text" in (p[0], g[0]):  # even, typed without \text, reads as e v e n
         return spelled(p) is not None and spelled(p) == spelled(g)
     if p[0] == g[0] == "seq":
         return p[1] == g[1] and same_sequence(p[1], p[2:], g[2:])
-    numeric = ("num", "var", "const", "op", "call")
-    return p[0] in numeric and g[0] in numeric and same_expression(p, g)
+    return {p[0], g[0]} <= {"num", "var", "const", "op", "call"} and same_expression(p, g)
 
 
 def without_unit(node, other_unit=None):
@@ -1135,39 +1021,36 @@ def without_unit(node, other_unit=None):
 def members_of(node):
     r"""Members of a list or set, with \pm written out; any other node is its own only member."""
     node = without_unit(node)
-    if is_list(node):
-        # a set in a list stays one member
+    if is_list(node):  # a set in a list stays one member
         return [member for part in node[2:]
                 for member in ([part] if part[:2] == ("seq", "set") else members_of(part))]
-    if contains(node, (r"\pm", r"\mp")):
-        return [with_sign(node, 1), with_sign(node, -1)]
+    if contains(node, r"\pm", r"\mp"):
+        return [with_sign(node, r"\pm"), with_sign(node, r"\mp")]
     return [node]
 
 
-def contains(node, labels):
+def contains(node, *labels):
     return node[0] == "op" and node[1] in labels or any(
-        contains(part, labels) for part in node[2:])
+        contains(part, *labels) for part in node[2:])
 
 
-def with_sign(node, sign):
-    r"""\pm x as sign * x and \mp x as -sign * x, all linked."""
-    node = (*node[:2], *(with_sign(part, sign) for part in node[2:]))
+def with_sign(node, positive):
+    r"""The tree with all \pm and \mp, which are linked, read as + or -."""
+    node = (*node[:2], *(with_sign(part, positive) for part in node[2:]))
     if node[:2] in (("op", r"\pm"), ("op", r"\mp")):
-        return node[2] if (sign > 0) == (node[1] == r"\pm") else negated(node[2])
+        return node[2] if node[1] == positive else negated(node[2])
     return node
 
 
 def same_each(ps, gs):
-    return len(ps) == len(gs) and all(same(p, g) for p, g in zip(ps, gs, strict=True))
+    return len(ps) == len(gs) and all(map(same, ps, gs))
 
 
 def same_sequence(style, ps, gs):
     if style in (r"\cup", r"\cap"):
         return same_members(ps, gs)
-    if same_each(ps, gs):
-        return True
     if style != ":" or len(ps) != len(gs) or integer(0) in (*ps, *gs):
-        return False
+        return same_each(ps, gs)
     # 1:2 = 2:4 by cross products; a time such as 5:00 only term by term
     return all(same(product(ps[0], g), product(p, gs[0])) for p, g in zip(ps, gs, strict=True))
 
@@ -1191,10 +1074,9 @@ def same_members(ps, gs):
 
 def spelled(node):
     """The letters of a text or of a product of letters, in lower case; None for anything else."""
-    if node[0] in ("text", "var", "const"):
-        return node[1].lower()
-    if node[:2] == ("op", "*") and all(part[0] in ("var", "const") for part in node[2:]):
-        return "".join(part[1] for part in node[2:]).lower()
+    letters = node[2:] if node[:2] == ("op", "*") else (node,)
+    if all(letter[0] in ("text", "var", "const") for letter in letters):
+        return "".join(letter[1] for letter in letters).lower()
     return None
 
 
@@ -1202,45 +1084,50 @@ def is_name(node):
     r"""x, x_1, f(x), AB, \angle A, Area, (x, y), a:b: may be before = and is no part of the value."""
     if node[0] in ("var", "text", "call"):
         return True
-    if node[0] == "seq" or node[:2] == ("op", "/"):
-        return all(is_name(part) for part in node[2:])
-    letters = [part[1] for part in node[2:] if part[0] == "var"]
-    return node[:2] == ("op", "*") and len(letters) == len(node[2:]) and (
-        all(letter[0].isupper() for letter in letters) or letters[0] in (r"\angle", r"\triangle"))
+    if node[0] == "seq":
+        return all(map(is_name, node[2:]))
+    return node[:2] == ("op", "*") and {part[0] for part in node[2:]} == {"var"} and (
+        all(part[1][0].isupper() or part[1][0] == "\\" for part in node[2:]))
 
 
 def stated_values(relation):
     """Values that a chain of = states: [5] of x = 5, [2+3, 5] of x = 2+3 = 5, [] of 2x + z = 1."""
     _, ops, *sides = relation
-    if not set(ops) <= {"=", "~", r"\in"}:
+    if not {*ops} <= {"=", r"\in"}:
         return []
-    named = is_name(sides[0])
-    if "~" in ops[named:]:
-        sides = sides[:ops.index("~", named) + 1]  # 4 sqrt 2 ~ 5.66 states 4 sqrt 2
-    if named:
-        name = {sides[0][1]} if sides[0][0] == "call" else variables(sides[0])
-        return [] if any(name & variables(value) for value in sides[1:]) else sides[1:]
-    constant = [side for side in sides if not variables(side)]
-    return constant if len(constant) == len(sides) - is_name(sides[-1]) else []
+    if is_name(sides[0]):
+        own = set() if sides[0][0] == "call" else variables(sides[0])
+        return [] if any(own & variables(value) for value in sides[1:]) else sides[1:]
+    values = sides[:-1] if is_name(sides[-1]) else sides
+    return [] if any(map(variables, values)) else values
+
+
+TURNED = {"=": "=", r"\ne": r"\ne", "<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
 def same_relation(p, g):
-    """The same sides; one equation or inequality may also be a multiple of the other."""
-    (_, ops, *p_sides), (_, g_ops, *g_sides) = p, g
-    if ops != g_ops:
+    """The same sides, in one order or the other; or one is a multiple of the other."""
+    (_, ops, *ps), (_, g_ops, *gs) = p, g
+    turned = tuple(TURNED.get(op) for op in reversed(ops))
+    for ops, ps in ((ops, ps), (turned, ps[::-1])):
+        if ops == g_ops and (same_each(ps, gs) or len(ops) == 1 and same_multiple(*ops, ps, gs)):
+            return True
+    return False
+
+
+def same_multiple(op, ps, gs):
+    """Is left - right the same up to a constant factor, which an inequality needs positive?"""
+    if op not in TURNED or "seq" in {side[0] for side in (*ps, *gs)}:
         return False
-    turnable = set(ops) <= {"=", "~", "!="}
-    if same_each(p_sides, g_sides) or turnable and same_each(p_sides[::-1], g_sides):
-        return True
-    if len(ops) != 1 or ops[0] not in ("=", "!=", "<", "<="):
-        return False
-    p, g = (joined("op", "+", left, negated(right)) for left, right in (p_sides, g_sides))
+    p, g = (joined("op", "+", left, negated(right)) for left, right in (ps, gs))
     try:
-        factor = apply("/", evaluate(p, 0, "plain"), evaluate(g, 0, "plain"))
+        factor = MP.convert(evaluate(p, coordinate)) / MP.convert(evaluate(g, coordinate))
     except ArithmeticError:
         return False
-    allowed = factor and (ops[0] in ("=", "!=") or MP.im(factor) == 0 and MP.re(factor) > 0)
-    return bool(allowed and variables(p) and same_expression(p, product(("num", (factor, None)), g)))
+    positive = MP.im(factor) == 0 and MP.re(factor) > 0
+    if not variables(p) or not factor or not positive and op not in ("=", r"\ne"):
+        return False
+    return same_expression(p, product(("num", factor), g))
 
 
 # ----- two expressions are equal if they agree at random points: exactly where all is rational, else
@@ -1250,227 +1137,148 @@ MP = mpmath.MPContext()  # our own, so that nobody's mpmath.mp.dps changes a ver
 MP.dps = 50
 LOCK = threading.Lock()  # mpmath caches its constants without one
 TOLERANCE = MP.mpf(10) ** -30
-POINTS, ATTEMPTS = 3, 8
-WHOLE_POINTS, WHOLE_ATTEMPTS = 16, 40  # floor(n/2) and ceil(n/2) agree at every other number
-
-
-class Refused(ArithmeticError):
-    """A bound was met: undecided, so not equal."""
-
-
-class Undefined(ArithmeticError):
-    """Division by zero, the factorial of 1/2 ...: try another point."""
+NUMBERS = {"pi": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}
 
 
 def same_expression(p, g):
     names = variables(p) | variables(g)
-    if not names and (verdict := same_decimal(p, g)) is not None:
-        return verdict
-    rounding = [contains(x, ("floor", "ceil")) for x in (p, g)]
-    whole = all(rounding) or contains(p, ("!", "binom")) or contains(g, ("!", "binom"))
-    kind = "whole" if whole else "wide" if any(rounding) else "plain"
-    if contains(p, ("abs",)) or contains(g, ("abs",)):
-        kind += " signed"
-    wanted, attempts = (WHOLE_POINTS, WHOLE_ATTEMPTS) if whole else (POINTS, ATTEMPTS)
-    agreed = 0
-    for k in range(attempts):
+    both = ("op", "", p, g)
+    whole = contains(both, "!") or all(contains(x, "floor", "ceil") for x in (p, g))
+    signed = contains(both, "abs")
+    # floor(n/2) and ceil(n/2) agree at every other whole number
+    wanted = 0 if not names else 15 if whole else 2
+    for k in range(3 * wanted + 1):
+        point = functools.partial(coordinate, k=k, whole=whole, signed=signed)
         try:
-            a, b = evaluate(p, k, kind), evaluate(g, k, kind)
-        except Undefined:
+            a, b = evaluate(p, point), evaluate(g, point)
+        except ZeroDivisionError:  # a pole, the factorial of 1/2: try another point
             continue
-        except ArithmeticError:
+        except ArithmeticError:  # a bound
             return False
         if k % 2 and (MP.im(a) or MP.im(b)):
             continue  # a root or logarithm of a negative variable, which is not meant
         if not close(a, b):
             return False
-        agreed += 1
-        if agreed == (wanted if names else 1):
+        if wanted == 0:
             return True
+        wanted -= 1
     return False
 
 
-def same_decimal(p, g):
-    """Verdict on a decimal and a constant, which it may be a rounding of; None for others."""
-    for decimal, other in ((p, g), (g, p)):
-        if decimal[0] == "num" and decimal[1][1] is not None:
-            try:
-                value = evaluate(other, 0, "plain")
-            except ArithmeticError:
-                return False
-            rounded = other[0] != "num" or other[1][1] is None
-            return close(value, decimal[1][0]) or rounded and stands_for(*decimal[1], value)
-    return None
-
-
-def stands_for(given, places, value):
-    """
-    Is the decimal `given` the number `value`, rounded or cut off at its last place?
-
-    It needs 8 significant digits for a fraction, 6 for an irrational number: with fewer, 0.3333
-    would be paid for 1/3 and a guess for its neighbours.
-    """
-    if MP.im(value) or not 0 <= places <= 60 or (given < 0) != (MP.re(value) < 0):
-        return False
-    exact = isinstance(value, Fraction)
-    scaled = abs(value if exact else MP.re(value)) * 10**places
-    shown = int(abs(given) * 10**places)
-    half = Fraction(1, 2) if exact else 0.5
-    return len(str(shown)) >= (8 if exact else 6) and shown in (int(scaled), int(scaled + half))
+def close(a, b):
+    """Equal, or to 30 digits."""
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return a == b
+    a, b = MP.convert(a), MP.convert(b)
+    return bool(abs(a - b) <= TOLERANCE * min(abs(a), abs(b)))
 
 
 @functools.lru_cache(maxsize=2048)
 def variables(node):
-    """Names of the variables of a tree."""
+    """Names of the variables and unknown functions of a tree."""
     own = {node[1]} if node[0] in ("var", "call") else set()
-    return frozenset(own.union(*map(variables, node[2:])))
+    return own.union(*map(variables, node[2:]))
 
 
 @functools.lru_cache(maxsize=8192)
-def coordinate(name, k, kind):
+def coordinate(name, k=0, whole=False, signed=False):
     """The k-th value of a variable, the same in every process."""
     draw = random.Random(f"{name} {k}")
-    if "whole" in kind:
+    if whole:
         return Fraction(draw.randint(3, 40))
-    value = Fraction(draw.randint(5009, 29_990) if "wide" in kind else draw.randint(501, 2999), 997)
+    value = Fraction(draw.randint(501, 8999), 997)
     # sqrt(x^2) is not x, but sqrt(r^2) is r: other letters are lengths and the like
-    return -value if k % 2 and (name in ("x", "y", "z") or "signed" in kind) else value
+    return -value if k % 2 and (signed or name in ("x", "y", "z")) else value
 
 
-def evaluate(node, k, kind):
-    """Value at the k-th point: a Fraction while all is rational, else an mpf or mpc."""
+def evaluate(node, point):
+    """
+    Value where the variables are point(name): a Fraction while all is rational, else an mpmath
+    number.  Raises ZeroDivisionError where there is none, OverflowError at a bound.
+    """
     tag, label, *parts = node
     if tag == "num":
-        return label[0]
+        return label
     if tag == "var":
-        return coordinate(label, k, kind)
-    if tag == "const" and label != "infinity":
-        return {"pi": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}[label]
-    if node[:3] == ("op", "^", CONSTANTS["e"]):
-        return apply("exp", evaluate(node[3], k, kind))
+        return point(label)
+    if tag == "const" and label in NUMBERS:
+        return NUMBERS[label]
     if tag not in ("op", "call"):
-        raise Refused(f"{tag} has no value")
-    values = [evaluate(part, k, kind) for part in parts]
+        raise OverflowError(f"{tag} has no value")
+    values = [evaluate(part, point) for part in parts]
     if tag == "call":  # an unknown function has a random value for each argument
-        return coordinate(f"{label} of {[MP.nstr(MP.convert(x), 25) for x in values]}", k, "plain")
-    if label in ("+", "*"):
-        return functools.reduce(functools.partial(apply, label), values)
-    return apply(label, *values)
+        return point(f"{label} of {[MP.nstr(MP.convert(x), 25) for x in values]}")
+    return functools.reduce(functools.partial(apply, label), values) if label in "+*" else apply(
+        label, *values)
 
 
-def apply(name, a, b=None):
-    """One operation on Fractions or mpmath numbers.  Raises Refused or Undefined."""
-    result = None
-    if all(isinstance(x, (Fraction, type(None))) for x in (a, b)):
-        result = exactly(name, a, b)
-    if result is None:
-        result = rounded(name, MP.convert(a), b if b is None else MP.convert(b))
-    if isinstance(result, Fraction):
-        if max(result.numerator.bit_length(), result.denominator.bit_length()) > MAX_BITS:
-            raise Refused("too many digits")
-    elif not MP.isfinite(result):
-        raise Undefined("infinite")
-    return result
+def apply(name, *values):
+    """One operation, on Fractions or on mpmath numbers."""
+    if not all(isinstance(x, Fraction) for x in values):
+        values = [MP.convert(x) for x in values]
+    value = OPERATIONS[name](*values) if name in OPERATIONS else function(name, *values)
+    if isinstance(value, Fraction):
+        if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+            raise OverflowError("too many digits")
+    elif not MP.isfinite(value):
+        raise ZeroDivisionError("infinite")
+    return value
 
 
-def exactly(name, a, b):
-    """The operation on Fractions, or None if its value is not rational."""
-    if name in ("+", "*"):
-        return a + b if name == "+" else a * b
-    if name == "/":
-        if not b:
-            raise Undefined("division by zero")
-        return a / b
-    if name == "^":
-        return exact_power(a, b)
-    if name == "root":
-        return exact_root(a, b)
-    if name in ("!", "binom"):
-        if any(x.denominator != 1 or x < 0 for x in (a, b or a)):
-            raise Undefined("not of whole numbers")
-        if a > 5000:
-            raise Refused("a large factorial")
-        return Fraction(math.factorial(int(a)) if name == "!" else math.comb(int(a), int(b)))
-    simple = {"neg": lambda x: -x, "abs": abs, "floor": math.floor, "ceil": math.ceil}
-    return Fraction(simple[name](a)) if name in simple else EXACT_VALUES.get((name, a))
+def add(a, b):
+    # the smaller one would be lost, and 10^40 + pi equal to 10^40
+    if not isinstance(a, Fraction) and a and b and abs(MP.mag(a) - MP.mag(b)) > 64:
+        raise OverflowError("a sum of very different sizes")
+    return a + b
 
 
-EXACT_VALUES = {("ln", 1): Fraction(0), ("exp", 0): Fraction(1), ("cos", 0): Fraction(1)} | {
-    (name, 0): Fraction(0) for name in ("sin", "tan", "sinh", "tanh", "arcsin", "arctan")}
-
-
-def exact_power(a, b):
-    if not a and b <= 0:
-        raise Undefined("a power of zero")
-    if b.denominator == 1:
-        if abs(a) != 1 and abs(b) * max(a.numerator.bit_length(), a.denominator.bit_length()) > MAX_BITS:
-            raise Refused("too many digits")
+def power(a, b):
+    if not a:
+        return a if MP.re(b) > 0 else 1 / a
+    if isinstance(a, Fraction) and b.denominator == 1:
+        if abs(b) * max(a.numerator.bit_length(), a.denominator.bit_length()) > MAX_BITS:
+            raise OverflowError("too many digits")
         return a ** int(b)
-    base = exact_root(a, Fraction(b.denominator)) if a > 0 else None
-    return base and exact_power(base, Fraction(b.numerator))
-
-
-def exact_root(x, index):
-    """The real root of a Fraction if it is rational, else None."""
-    if index.denominator != 1 or not 2 <= index <= 64 or x < 0 and index % 2 == 0:
-        return None
-    parts = (int(MP.nint(MP.root(part, int(index)))) for part in (abs(x).numerator, x.denominator))
-    root = Fraction(*parts) * (-1 if x < 0 else 1)
-    return root if root ** int(index) == x else None
-
-
-def rounded(name, a, b):
-    """The operation on mpmath numbers, to 50 digits."""
-    if name == "+":
-        # the smaller one would be lost, and 10^40 + pi equal to 10^40
-        if a and b and abs(MP.mag(a) - MP.mag(b)) > 64:
-            raise Refused("a sum of very different sizes")
-        return a + b
-    if name == "*":
-        return a * b
-    if name == "/":
-        if not b:
-            raise Undefined("division by zero")
-        return a / b
-    if name == "^":
-        if not a:
-            raise Undefined("a power of zero")
-        if MP.mag(b) > MAX_ARGUMENT_BITS or abs(b) * (abs(MP.mag(a)) + 1) > MAX_EXPONENT_BITS:
-            raise Refused("a large power")
-        return MP.power(a, b)
-    if name == "root":
-        n = int(MP.re(b)) if MP.isint(b) and 2 <= MP.re(b) <= 1000 else None
-        if n is None:
-            return rounded("^", a, 1 / b)
-        negative = n % 2 and not MP.im(a) and MP.re(a) < 0  # the real root, where there is one
-        return -MP.root(-a, n) if negative else MP.root(a, n)
-    if name in ("neg", "abs"):
-        return -a if name == "neg" else MP.fabs(a)
-    if name in ("floor", "ceil"):
-        if MP.im(a) or MP.mag(a) > 100:
-            raise Undefined("the floor of a complex or huge number")
-        nearest = MP.nint(a)  # log2(8) is 3, however it was rounded
-        cut = nearest if MP.fabs(a - nearest) < TOLERANCE else getattr(MP, name)(a)
-        return Fraction(int(cut))
-    if not hasattr(MP, name := name.replace("arc", "a").replace("ar", "a")):
-        raise Undefined(f"{name} of what is not whole")
-    if name != "ln" and a and MP.mag(a) > (17 if name in LARGE else MAX_ARGUMENT_BITS):
-        raise Refused("a large argument")
-    try:
-        return getattr(MP, name)(a)
-    except (ValueError, ZeroDivisionError) as error:
-        raise Undefined("a pole") from error
-
-
-LARGE = ("exp", "sinh", "cosh")  # they grow
-
-
-def close(a, b):
-    """Exactly equal, or to 30 digits; a rounded zero is equal to nothing."""
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return a == b
     a, b = MP.convert(a), MP.convert(b)
-    return bool(a and b) and bool(abs(a - b) <= TOLERANCE * max(abs(a), abs(b)))
+    if abs(b) * (abs(MP.mag(a)) + 1) > MAX_EXPONENT_BITS:
+        raise OverflowError("a large power")
+    return MP.power(a, b)
+
+
+def root(x, n):
+    """The real root, where there is one."""
+    if n in (3, 5, 7) and not MP.im(x) and MP.re(x) < 0:
+        return -power(-x, 1 / n)
+    return power(x, 1 / n)
+
+
+def factorial(n):
+    if not isinstance(n, Fraction) or n.denominator != 1 or n < 0:
+        raise ZeroDivisionError("the factorial of what is not whole")
+    if n > 4000:
+        raise OverflowError("a large factorial")
+    return Fraction(math.factorial(int(n)))
+
+
+def floor(x):
+    if isinstance(x, Fraction):
+        return Fraction(math.floor(x))
+    if MP.im(x) or MP.mag(x) > 100:
+        raise OverflowError("the floor of a complex or huge number")
+    nearest = MP.nint(x)  # log2(8) is 3, however it was rounded
+    return Fraction(int(nearest if abs(x - nearest) < TOLERANCE else MP.floor(x)))
+
+
+def function(name, x):
+    x = MP.convert(x)
+    if name != "ln" and x and MP.mag(x) > MAX_ARGUMENT_BITS:
+        raise OverflowError("a large argument")
+    return getattr(MP, name.replace("arc", "a"))(x)  # of FUNCTIONS
+
+
+OPERATIONS = {"+": add, "*": operator.mul, "^": power, "root": root,
+              "neg": operator.neg, "abs": abs, "!": factorial, "floor": floor,
+              "ceil": lambda x: -floor(-x)}
 
 
 # --------------------------------------------------------------------------------------------------
