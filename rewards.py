@@ -29,9 +29,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import unicodedata
-from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
 from multiprocessing.connection import Connection
@@ -156,15 +154,15 @@ BUILT_IN = ("accuracy", "format", "format_open_rs", "cosine", "length", "repetit
 def parse_rewards(funcs, weights):
     """((name, weight), ...) of the two flags."""
     names = [name.strip() for name in funcs.split(",") if name.strip()]
-    numbers_given = [float(weight) for weight in weights.split(",") if weight.strip()]
-    numbers_given = numbers_given or [1.0] * len(names)
+    values = [float(weight) for weight in weights.split(",") if weight.strip()]
+    values = values or [1.0] * len(names)
     if not names:
         raise ValueError("--reward_funcs is empty: nothing would be learnt; name at least one")
     if len({part_name(name) for name in names}) < len(names):
         raise ValueError(f"--reward_funcs {funcs!r} names a reward twice; they are logged by name")
-    if len(numbers_given) != len(names):
-        raise ValueError(f"--reward_weights {weights!r} has {len(numbers_given)} numbers for "
-                         f"{len(names)} rewards, {funcs}: give one weight for each")
+    if len(values) != len(names):
+        raise ValueError(f"--reward_weights {weights!r} has {len(values)} numbers for {len(names)} "
+                         f"rewards, {funcs}: give one weight for each")
     for name in names:
         path, colon, function = name.rpartition(":")
         if name not in BUILT_IN and not (function and path.endswith(".py")):
@@ -172,7 +170,7 @@ def parse_rewards(funcs, weights):
                              "path/to/file.py:function")
         if colon and not Path(path).is_file():
             raise ValueError(f"--reward_funcs {name!r}: there is no file {path}")
-    return tuple(zip(names, numbers_given, strict=True))
+    return tuple(zip(names, values, strict=True))
 
 
 def check_reward_options(options):
@@ -210,7 +208,7 @@ def rewards_for_group(texts, gold, options, lengths):
 
 
 def judge(texts, gold, scope="full"):
-    """(outcomes, correct) of completions; an unreadable gold answer proves nobody right or wrong."""
+    """(outcomes, correct) of completions; an unreadable gold answer decides nothing."""
     if gold_answer(gold) is None:
         return ["bad_gold"] * len(texts), [None] * len(texts)
     outcomes = [grade(text, gold, scope) for text in texts]
@@ -280,7 +278,7 @@ def weighted_totals(parts, correct, rewards):
 #
 #    num value    var x    const pi|e|i|infinity    text evenorodd    base (digits, base)
 #    op + | * | / | ^ | neg | pm | mp | sin ...    call f, with its arguments    unit cm^2, a value
-#    seq list | set | () | [] | [) | (] | <> | matrix | row | det | : | \cup | \cap, with its members
+#    seq list | set | () | [] | [) | (] | <> | matrix | row | : | \cup | \cap, with its members
 #    rel ("<", "<=", ...), with its sides    unread (tokens): equal only to the same tokens
 #
 #    What counts as equal, and where the line is (tests/test_grading.py has hundreds of pairs):
@@ -387,9 +385,8 @@ def is_equal(prediction, gold):
     try:
         with LOCK:
             return same_answer(prediction, gold)
-    # a bound or a domain: what cannot be decided is different
     except (ArithmeticError, ValueError, RecursionError, MemoryError):
-        return False
+        return False  # a bound or a domain: undecided is different
 
 
 def squeezed(text):
@@ -408,7 +405,7 @@ def same_answer(prediction, gold):
 
 
 def same_choice(text, letter):
-    r"""`text` is "C) 12" or \text{C: the mass doubles} for the letter C, and names no other one."""
+    r"""Is `text` "C) 12" or \text{C: the mass doubles} for the letter C, without another one?"""
     if letter[0] != "var" or not (found := CHOICE.match(text)):
         return False
     return letter[1] in found.groups() and not OTHER_CHOICE.search(text, found.end())
@@ -418,7 +415,7 @@ def same_choice(text, letter):
 CHOICE = re.compile(r"""\s*(?:\\(?:text|mbox|math)[a-z]*\ *\{\ *\(([A-J])\)
     (?:[.:]?\ |\}(?:[ ~:]|\\[ ,;]|\\q?quad)+(?=[0-9A-Za-z$(]|\\frac|\\sqrt|\\text))
     | (?:\\text[a-z]*\ *\{\ *)?([A-J])(?:\)|[:.](?=\ )))""", re.VERBOSE)
-OTHER_CHOICE = re.compile(r"(?<![A-Za-z])[A-J](?![A-Za-z])")
+OTHER_CHOICE = re.compile(r"(?<![A-Za-z])(?:[A-J]|or)(?![A-Za-z])")
 
 
 @functools.lru_cache(maxsize=512)
@@ -429,101 +426,71 @@ def read(answer, thousands=True):
     """
     tokens = ()
     try:
-        text = clean(answer)
-        if thousands:
-            bracket = re.search(r"[(\[]|\\\{|$", text).start()
-            closed = PLAIN_THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[0]), text[:bracket])
-            text = closed + text[bracket:]
+        text = clean(answer, thousands)
         tokens = tokenise(text, prose=is_prose(text))
         return Reader(tokens).answer()
     except (Unreadable, RecursionError):
-        return ("unread", ungrouped(tokens))
+        return ("unread", tuple(tokens))
 
 
-def ungrouped(tokens):
-    r"""Without the braces around a single token: \sum^{n} is \sum^n."""
-    kept = []
-    for token in tokens:
-        kept.append(token)
-        if token == "}" and kept[-3:-2] == ["{"]:
-            kept[-3:] = [kept[-2]]
-    return tuple(kept)
+# ----- text to tokens: 12.5 is a number, $x a name, "cm a word, and all others are themselves
 
-
-# ----- text to tokens: 12.5, x, \frac, +, and "cm for a word
-
-# "canonical spelling spelling ...": characters, commands, and commands without a backslash
+# "token spelling spelling ...": characters, commands, and commands without a backslash
 SPELLINGS = r"""
-    * × · ⋅ ∙ • ∗ \cdot \times \ast \bullet   / ÷ ∕ ⁄ \div   - − – — ‐ ‑ ﹣   ' ′ ’ ‘ \prime
-    \pm ±   \mp ∓   < \lt   > \gt   : ： \colon   , 、 ， ； \land \wedge \lor \vee   . 。
-    \le ≤ ⩽ ≦ \leq \leqslant \leqq   \ge ≥ ⩾ ≧ \geq \geqslant \geqq   \ne ≠ \neq
-    \approx ≈ ≅ \cong \simeq \doteq   \in ∈   \cup ∪   \cap ∩   \sim ∼   \equiv ≡   \implies ⇒
-    \to → \rightarrow   \infty ∞ inf infinity oo   \emptyset ∅ Ø \varnothing
-    \dots … ⋯ \ldots \cdots   \angle ∠   \triangle △ ∆   % \% ％ ﹪   ° º ˚ \degree \textdegree
+    * × · ⋅ ∙ • ∗ \cdot \times \ast \bullet   / ÷ ∕ ⁄ \div   - −   : ： \colon   < \lt   > \gt
+    \pm ±   \mp ∓   , 、 ， ； \land \wedge \lor \vee   \le ≤ ⩽ ≦ \leq \leqslant \leqq   \in ∈
+    \ge ≥ ⩾ ≧ \geq \geqslant \geqq   \ne ≠ \neq   \approx ≈ ≅ \cong \simeq \doteq   \sim ∼
+    \equiv ≡   \to → \rightarrow   \implies ⇒ \Rightarrow   \cup ∪   \cap ∩   % \% ﹪
     | ∣ \lvert \rvert \vert \mid   \{ \lbrace   \} \rbrace   [ \lbrack   ] \rbrack   ( \lparen
     ) \rparen   \lfloor ⌊   \rfloor ⌋   \lceil ⌈   \rceil ⌉   \langle ⟨ 〈   \rangle ⟩ 〉
     \frac \dfrac \tfrac \cfrac \nicefrac \sfrac   \binom \dbinom \tbinom   \sqrt √ sqrt
-    \frac12 ½   \frac13 ⅓   \frac23 ⅔   \frac14 ¼   \frac34 ¾   \sqrt[3] ∛   \mathbb{R} ℝ
     \tan \tg   \cot \ctg   \csc \cosec   \arcsin asin   \arccos acos   \arctan atan \arctg
-    \ln \log log   \pi pi   \alpha alpha   \beta beta   \theta theta \vartheta
-    \epsilon ϵ \varepsilon   \phi ϕ \varphi   \mu µ   \Omega Ω"""
-GREEK = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma
-    tau upsilon phi chi psi omega""".split()
+    \ln \log log   ∞ \infty inf infinity oo   ∅ Ø \emptyset \varnothing   ∠ \angle
+    △ ∆ \triangle   … ⋯ \dots \ldots \cdots   α \alpha alpha   β \beta beta   γ \gamma
+    δ \delta   ε ϵ \epsilon \varepsilon   ζ \zeta   η \eta   θ \theta \vartheta theta   ι \iota
+    κ \kappa   λ \lambda   μ µ \mu   ν \nu   ξ \xi   π \pi pi   ρ \rho \varrho   σ \sigma
+    τ \tau   υ \upsilon   φ ϕ \phi \varphi   χ \chi   ψ \psi   ω \omega   Γ \Gamma   Δ \Delta
+    Θ \Theta   Λ \Lambda   Ξ \Xi   Π \Pi   Σ \Sigma   Φ \Phi   Ψ \Psi   Ω \Omega
+    ħ \hbar   ℓ \ell   ⊙ \odot   ⋆ \star   ∇ \nabla   ℧ \mho"""
 LAYOUT = r"""\, \; \: \! \> \# \& \quad \qquad \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl
     \Bigr \biggl \biggr \Biggl \Biggr \middle \displaystyle \textstyle \scriptstyle \limits
     \nolimits \thinspace \medspace \thickspace \negthinspace \enspace \space \noindent \rm \bf \it
     \boxed \ensuremath ~ " """.split() + ["\\ "]
-TRIGONOMETRIC = set("sin cos tan cot sec csc".split())
-FUNCTIONS = {rf"\{name}" for name in TRIGONOMETRIC} | set(r"\arcsin \arccos \arctan \ln \exp".split())
-NAMES = {rf"\{name}" for low in GREEK for name in (low, low.capitalize())} | set(
-    r"\triangle \angle \hbar \ell \odot \dots \star \nabla \mho \infty \emptyset".split())
-
+TRIGONOMETRIC = set(r"\sin \cos \tan \cot \sec \csc".split())
+FUNCTIONS = TRIGONOMETRIC | set(r"\arcsin \arccos \arctan \ln \exp".split())
 SAME = {name[1:]: name for name in FUNCTIONS} | dict.fromkeys(LAYOUT, " ")
-for entry in re.split(r" {3}|\n", SPELLINGS):
-    SAME |= dict.fromkeys(entry.split()[1:], entry.split()[0] if entry.strip() else "")
-CHARACTERS = {name: f"{same} " for name, same in SAME.items() if not name.isascii()}
-for entry in GREEK:
-    letter = unicodedata.lookup(f"GREEK SMALL LETTER {entry.replace('lambda', 'lamda')}")
-    CHARACTERS |= {letter: rf"\{entry} ", letter.upper(): rf"\{entry.capitalize()} "}
-CHARACTERS = str.maketrans(CHARACTERS)
-RAISED, LOWERED = re.compile("[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+"), re.compile("[₀-₎ₙ]+")
-
-SYMBOL_FONTS = set(r"""\mathit \mathtt \boldsymbol \bm \mathcal \mathscr \mathfrak \mathbb""".split())
+for entry in re.split(r" {3}|\s*\n\s*", SPELLINGS.strip()):
+    SAME |= dict.fromkeys(entry.split()[1:], entry.split()[0])
+SYMBOL_FONTS = set(r"\mathit \mathtt \boldsymbol \bm \mathcal \mathscr \mathfrak \mathbb".split())
 FONTS = SYMBOL_FONTS | {r"\mathbf", r"\mathsf", r"\operatorname"}
 PROSE = set(r"""\text \textbf \textit \textrm \textsf \texttt \textnormal \textup \mbox \hbox \emph
     \underline \mathrm""".split())
 ACCENTS = set(r"\overline \bar \vec \hat \dot \ddot \widehat \tilde \overrightarrow".split())
-# "name spellings".  Only units of this list can contradict each other; any other word after a
-# number means nothing.
+# "name spellings", without the s of a plural.  Only these can contradict each other; any other word
+# after a number means nothing.
 UNITS = {spelling: line.split()[0] for line in """
-    mm millimeter millimeters; cm centimeter centimeters centimetre centimetres; nm nanometer
-    nanometers; m meter meters metre metres; km kilometer kilometers kilometre kilometres; in inch
-    inches; ft foot feet; yd yard yards; mi mile miles; mg milligram milligrams; kg kilogram
-    kilograms; g gram grams; lb lbs pound pounds; oz ounce ounces; ml mL milliliter milliliters; L l
-    liter liters litre litres; gallon gallons gal; quart quarts; cup cups; ton tons; s sec secs
-    second seconds; min mins minute minutes; h hr hrs hour hours; day days; week weeks; month
-    months; yr yrs year years; am; pm; Hz hertz; kHz kilohertz; MHz megahertz; J joule joules; kJ
-    kilojoule kilojoules; N newton newtons; Pa pascal pascals; W watt watts; kW kilowatt kilowatts;
-    V volt volts; A amp amps ampere amperes; ohm ohms; K kelvin kelvins; C celsius; F fahrenheit;
-    mol mole moles; deg degree degrees; rad radian radians; % percent percentage pct; dollar dollars
-    usd USD; cent cents; euro euros; kcal; eV; acre acres""".split(";") for spelling in line.split()}
-# words that may follow a number without \text
-TYPED_UNITS = set(UNITS) | set("""mph unit units people students ways dogs points times marbles
-    apples books cars integers values pairs solutions th st nd rd sq square cubic per edges vertices
-    numbers old coins games balls cards tickets pieces triangles children men women boys girls
-    """.split())
+    mm millimeter; cm centimeter centimetre; m meter metre; km kilometer kilometre; nm nanometer; in
+    inch inche; ft foot feet; yd yard; mi mile; mg milligram; kg kilogram; g gram; lb pound; oz
+    ounce; ml milliliter; l liter litre; gallon gal; quart; cup; ton; s sec second; min minute; h hr
+    hour; day; week; month; yr year; am; pm; hz hertz; khz; mhz; j joule; kj; n newton; pa pascal; w
+    watt; kw; v volt; a amp ampere; ohm; k kelvin; c celsiu; f fahrenheit; mol mole; deg degree; rad
+    radian; % percent percentage pct; dollar usd; cent; euro; kcal; ev; acre
+    """.split(";") for spelling in line.split()}
+# other words that may follow a number without \text
+TYPED_UNITS = set("""mph unit people student way dog point time marble apple book car integer value
+    pair solution th st nd rd sq square cubic per edge vertice number old coin game ball card ticket
+    piece triangle children men women boy girl""".split())
 NUMBER_WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen
     fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split()
 SIGNS = {"and": ",", "or": ",", "to": ":"}  # words that part members
 DIGITS = set("0123456789.")
-TOKEN = re.compile(r" +|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,9}(?![0-9.A-Za-z^]))?"
-                   r"|\\[A-Za-z]+\*?|\\.|[A-Za-z]+"
-                   r"""|[-+*/^_()\[\]{}|!,;:=<>&'%°?~"]""")
+TOKEN = re.compile(r" +|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9.A-Za-z^]))?"
+                   r"""|\\[A-Za-z]+\*?|\\.|[A-Za-z]+|[-+*/^_()\[\]{}|!,;:=<>'%?~"]|[^\0-\x7f]""")
 WORD = re.compile(r"[A-Za-z][A-Za-z0-9.'-]*|[.?](?![0-9])")
 # 1{,}000 1,\!000 1\,000 1~000 1'000: one mark per number ...
-MARKED_THOUSANDS = re.compile(r"(?<![0-9.])[0-9]{1,3}(?=(\{, *\}|, *\\!|\{, *\\! *\}|\\[,;:> ]|~|'))"
+MARKED_THOUSANDS = re.compile(r"(?<![0-9.])[0-9]{1,3}(?=(\{, *(?:\\!)? *\}|, *\\!|\\[,;:> ]|~|'))"
                               r"(?:\1 *[0-9]{3})+(?![0-9])")
-# ... and 1,000 or 1 000, before any bracket, where a comma parts the members of a tuple
+# ... and 1,000 or 1 000, but not in brackets, where a comma parts the members of a tuple
 PLAIN_THOUSANDS = re.compile(r"(?<![0-9.])(?<![0-9],)[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)"
                              r"(?![0-9]|,[0-9]| [0-9]| *(?:/|\\frac))")
 
@@ -535,25 +502,41 @@ class Unreadable(ValueError):
 # "pattern -> replacement   why", in this order; ~ is a blank
 REWRITES = r"""
     ^\s*\*\*([^*]+)\*\*\s*$ -> \1   markdown's bold
+    [\u200b-\u200f\u202a-\u202e\u2060-\u2063\ufeff\u00ad€£¥₹¢] ->     invisible marks, currencies
+    [−–—‐‑﹣] -> -   minus signs
+    [′’‘] -> '   primes
+    ½ -> \\frac12   and its like
+    ¼ -> \\frac14   ...
+    ¾ -> \\frac34   ...
+    ⅓ -> \\frac13   ...
+    ⅔ -> \\frac23   ...
+    ∛ -> \\sqrt[3]   cube root
+    … -> \\dots    no three periods
+    [⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+ -> ^{\g<0>}   raised digits
+    [₀-₎ₙ]+ -> _{\g<0>}   and lowered ones
     \\?\$|\\(?:left|right) *\.|(?<!\\)\\[()\[\]] -> ~   delimiters, dollars
     \\[hv]space\*? *\{[^{}]*\}|\\[hv]?phantom *(?:\{[^{}]*\}|.) -> ~   layout
-    \\begin *\{([vpbB]?)(?:small)?(?:matrix|array)\}(?: *\{[clr| ]*\})? -> \\matrix\1\\row    as brackets
-    (?:\\\\ *)?\\end *\{([vpbB]?)(?:small)?(?:matrix|array)\} -> \\endrow\\endmatrix    within brackets
+    \\begin *\{[pbB]?(?:small)?(?:matrix|array)\}(?: *\{[clr| ]*\})? -> \\matrix\\row    brackets
+    (?:\\\\ *)?\\end *\{[pbB]?(?:small)?(?:matrix|array)\} -> \\endrow\\endmatrix    in them
+    \\begin *\{vmatrix\} -> \\determinant\\row    the same
+    (?:\\\\ *)?\\end *\{vmatrix\} -> \\endrow\\enddeterminant    the same
     \\\\(?: *\[[0-9.]* *[a-z]{2}\])? -> \\endrow,\\row    also \\[2pt]
     (?<!\\)& -> ,   between the entries of a row
-    \\lg(?![a-z]) -> \\log_{10}    of base 10, and log natural
-    \^ *(?:\{ *\\circ *\}|\\circ(?![a-z])|°|\{ *° *\})|(?<=[0-9])\^(?:o\b|\{o\}) -> °   degrees
-    ° *([CF])\b -> °\\text{\1}   Celsius
+    \\lg(?![a-z]) -> \\log_{10}    log is natural
+    \^ *(?:\{ *(?:\\circ|°) *\}|\\circ(?![a-z])|°)|(?<=[0-9])\^(?:o\b|\{o\}) -> °   degrees
+    \\(?:text)?degree(?![a-z])|[º˚] -> °   the same
+    °(?: |\\ )*([CF])\b -> °\\text{\1}   Celsius
     \\prime(?![a-z]) -> '   primes ...
     \^ *\{ *('[' ]*)\}|\^ *(?=') -> \1   ... raised
     (?<=[0-9]) *'[' ]* ->     seconds of arc, feet
-    \^ *\{? *(?:\\(?:text|mathrm) *\{)? *(st|nd|rd|th)\b *\}? *\}? ->  \\text{\1}   5th
+    \^ *\{? *(?:\\(?:text|mathrm) *\{)? *(st|nd|rd|th)\b *\}? *\}? -> ~\\text{\1}   5th
+    ([_^]) *([0-9A-Za-z])(?![0-9.]) -> \1{\2}   \sum^n is \sum^{n}
     \{ *: *\} -> :   8{:}30
     \b([aApP])\. ?[mM]\b\.? -> \1m   p.m.
     \b([fgh]) *\^ *\{? *- *1 *\}? *(?=\() -> \1_{-1}   f^{-1}(x) is no power
     \( *([0-9]+) *\) *_ -> \1_   (204)_5
     (?<![0-9A-Za-z\\{])([0-9]*[A-Z][0-9A-Z]+)(?= *_ *\{?1[1-6]) -> \\text{\1}   A5_{11}
-    \\mathbb *\{? *R *\}? -> (-\\infty,\\infty)   all numbers
+    \\mathbb *\{? *R *\}?|ℝ -> (-\\infty,\\infty)   all numbers
     < *= -> \\le    as typed
     > *= -> \\ge    as typed
     \*\* -> ^   as typed
@@ -567,28 +550,26 @@ REWRITES = r"""
     (\\[dtc]?frac *\{[^{}]*\} *[0-9])(?=[0-9.]) -> \1?   \frac{1}23 is unclear"""
 REWRITES = [(re.compile(pattern), new.replace("~", " ")) for pattern, new in re.findall(
     r"^ {4}(.+?) -> (.*?)   .+$", REWRITES, re.MULTILINE)]
-MIXED = re.compile(r"(?<![0-9.^_A-Za-z}])([0-9]+) *(?:\\[dtc]?frac *\{ *([0-9]+) *\} *\{ *([0-9]+)"
-                   r" *\}| ([0-9]+) */ *([0-9]+))")
-REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) *\{? *([0-9]+) *\}?")
+MIXED = re.compile(r"(?<![0-9.^_A-Za-z}])([0-9]+)(?:(?: |~|\\[ ,!;:])*\\[dtc]?frac *\{ *([0-9]+)"
+                   r" *\} *\{ *([0-9]+) *\}| +([0-9]+) */ *([0-9]+))")
+REPEATING = re.compile(r"(?<![0-9])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) *\{? *([0-9]+) *\}?")
 
 
-def clean(text):
-    """Characters to plain LaTeX: delimiters gone, numbers in one form.  Raises Unreadable."""
+def clean(text, thousands=True):
+    """Characters to plain LaTeX: delimiters gone, numbers in one form."""
     if len(text) > MAX_CHARACTERS or "\0" in text:
         raise Unreadable("too long, or a NUL character")
     text = re.sub(r"\s", " ", text).rstrip(" .\\")
-    if not text.isascii():
-        for mark, characters in ("^", "[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+"), ("_", "[₀-₎ₙ]+"):
-            text = re.sub(characters, rf"{mark}{{\g<0>}}", text)
-        text = unicodedata.normalize("NFKC", text.translate(CHARACTERS)).translate(CHARACTERS)
-        # invisible marks and currencies
-        text = "".join(c for c in text if c == "$" or unicodedata.category(c) not in ("Cf", "Sc"))
     if re.search(r"\\\\[A-Za-z{}$%]", text) and not re.search(r"(?<!\\)(?:\\\\)*\\[A-Za-z]", text):
         text = text.replace("\\\\", "\\")  # every command was escaped once too often, as in JSON
     text = MARKED_THOUSANDS.sub(lambda m: re.sub("[^0-9]", "", m[0]), text)
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    text = MIXED.sub(mixed, REPEATING.sub(repeating, text))
+    if thousands:
+        bracket = re.search(r"(?:[(\[]|\\\{)[^)\]]*,|$", text).start()
+        closed = PLAIN_THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[0]), text[:bracket])
+        text = closed + text[bracket:]
+    text = unicodedata.normalize("NFKC", MIXED.sub(mixed, REPEATING.sub(repeating, text)))
     return text.lstrip(" ,;:~").rstrip(" .,;:~\\")
 
 
@@ -640,7 +621,7 @@ def tokenise(text, prose=False):
         elif token.isalpha():
             tokens += letters(token, before)
         elif token.strip():
-            tokens.append("$" + token if token in NAMES else token)
+            tokens.append(token if token.isascii() or token == "°" else "$" + token)
     return tokens
 
 
@@ -662,17 +643,25 @@ def styled(command, content):
     if name in SAME and name.isalpha():  # \operatorname{arcsin}
         return [SAME[name]]
     formula = re.search(r"[+=^_/]|\\[A-Za-z]|[0-9][A-Za-z]", content)
-    return tokenise(content.rstrip(" ."), prose=not formula and command not in SYMBOL_FONTS)
+    return tokenise(content.rstrip(" .\\"), prose=not formula and command not in SYMBOL_FONTS)
+
+
+def singular(word):
+    return word.lower().removesuffix("s")
+
+
+def unit_name(word):
+    return UNITS.get(word.lower()) or UNITS.get(singular(word))
 
 
 def letters(run, before):
     """Tokens of a run of letters: a function without its backslash, a unit, or a product."""
     if run in SAME:
-        return ["$" + SAME[run] if SAME[run] in NAMES else SAME[run]]
-    after_value = before[0] in DIGITS or before[0] in ')}%°/"'
+        return [SAME[run] if SAME[run].isascii() else "$" + SAME[run]]
+    after_value = before[0] in DIGITS | {'"'} or before[-1] in ")}%°/"
     if run.lower() in SIGNS and (run.lower() != "to" or after_value):
         return [SIGNS[run.lower()]]
-    is_unit = len(run) > 1 and {run, run.lower()} & TYPED_UNITS
+    is_unit = len(run) > 1 and (unit_name(run) or singular(run) in TYPED_UNITS)
     if is_unit and (after_value or before[0] == "$" and len(run) > 3):
         return [f'"{run}']
     if found := re.fullmatch("(arcsin|arccos|arctan|sin|cos|tan|ln|log|pi)([A-Za-z]{1,2})", run):
@@ -680,24 +669,22 @@ def letters(run, before):
     return [f"${letter}" for letter in run]
 
 
-# ----- tokens to a tree: 12.5 is a number, $x a name, "cm a word, and all others are themselves
+# ----- tokens to a tree
 
 # operators by how tightly they bind, the loosest first
 LEVELS = [r"= < > \le \ge \ne \approx \in \notin \sim \equiv \to \implies \subset \subseteq \perp",
           r"\cup \cap", ":", r"+ - \pm \mp", "* /", "^ ! _ % °"]
-RELATION, UNION, RATIO, SUM, PRODUCT, POWER, UNIT = range(1, 8)
 BINDING = {token: n for n, tokens in enumerate(LEVELS, 1) for token in tokens.split()}
-BRACKETS = dict(pair.split() for pair in r"""() (); [] []; {} {}; [) [); (] (]; \{\} set; || abs;
-    \langle\rangle <>; \lfloor\rfloor floor; \lceil\rceil ceil; \row\endrow row;
-    \matrix\endmatrix matrix; \matrixp\endmatrix matrix; \matrixb\endmatrix matrix;
-    \matrixB\endmatrix matrix; \matrixv\endmatrix determinant""".split(";"))
-OPENING = set(r"""( [ { \{ | \langle \lfloor \lceil \row \matrix \matrixp \matrixb \matrixB
-    \matrixv""".split())
-CLOSING = set(r") ] } \} \rangle \rfloor \rceil \endrow \endmatrix".split()) | {""}
+RELATION, UNION, RATIO, SUM, PRODUCT, POWER, UNIT = range(1, 8)
+BRACKETS = {(opening, closing): style for opening, closing, style in map(str.split, r"""
+    ( ) (); [ ] []; { } {}; [ ) [); ( ] (]; \{ \} set; | | abs; \langle \rangle <>;
+    \lfloor \rfloor floor; \lceil \rceil ceil; \row \endrow row; \matrix \endmatrix matrix;
+    \determinant \enddeterminant determinant""".split(";"))}
+OPENING = {opening for opening, _ in BRACKETS}
+CLOSING = {closing for _, closing in BRACKETS} - {"|"} | {""}
 ENDS = CLOSING | set(LEVELS[0].split()) | {",", ";"}
 STARTS = FUNCTIONS | OPENING - {r"\{"} | {r"\frac", r"\binom", r"\sqrt"}
-CONSTANTS = {r"\pi": ("const", "pi"), r"\infty": ("const", "infinity"), "e": ("const", "e"),
-             "i": ("const", "i"), r"\emptyset": ("seq", "set")}
+CONSTANTS = {name: ("const", name) for name in "eiπ∞"} | {"∅": ("seq", "set")}
 CALL = re.compile(r"(?:[fghFGHP]'*|[fgh]_-1)\(|[A-Za-z]'*\(\$?[A-Za-z0]\)")  # f(...), I(0)
 NO_UNIT = set("if when where for not mod is hundred thousand trillion".split())  # x if x > 0
 UNITS_TEXT = re.compile(r"([/*] )*([A-Za-z%-]+ (\^ (\{ )?(- )?[0-9] (\} )?)?([/*] )*)+")
@@ -815,16 +802,16 @@ class Reader:
             base = self.operand()
             if left[0] != "num" or base[0] != "num":
                 raise Unreadable("an index of what is no name")
-            return left if base == integer(10) else ("base", (left, base))
+            return left if base == number(10) else ("base", (left, base))
         if token == "°" and self.angles:  # in sin 30 degrees a factor, elsewhere a unit
-            return product(left, quotient(CONSTANTS[r"\pi"], integer(180)))
+            return product(left, quotient(CONSTANTS["π"], number(180)))
         self.unit = f"{'deg' if token == '°' else token}^1"
         return left
 
     def units(self, left):
         """The words up to the end of the item: cm, square cm, kcal m^-2 yr^-1, miles / hour."""
         words = [word.strip('"') for word in self.rest()]
-        names = [UNITS.get(word) or UNITS.get(word.lower()) for word in words]
+        names = [unit_name(word) for word in words]
         text = "".join(f"{name or word} " for name, word in zip(names, words, strict=True))
         if not UNITS_TEXT.fullmatch(text) or not NO_UNIT.isdisjoint(words):
             raise Unreadable(f"{text} is no unit")
@@ -855,11 +842,11 @@ class Reader:
         if token == r"\frac":
             return quotient(self.operand(), self.operand())
         if token == r"\binom":
-            return binomial(self.operand(), self.operand())
+            return ("op", "binom", self.operand(), self.operand())
         if token == r"\sqrt":
             return self.root()
         if token in FUNCTIONS:
-            return self.function(token[1:])
+            return self.function(token)
         raise Unreadable(f"{token!r} is not the start of a value")
 
     def words(self, word):
@@ -868,8 +855,8 @@ class Reader:
             return self.name(word)
         rest = self.rest()
         if not rest and word.lower() in NUMBER_WORDS:
-            return integer(NUMBER_WORDS.index(word.lower()))
-        return ("text", "".join((word, *rest)).translate(LETTERS_ONLY).lower())
+            return number(NUMBER_WORDS.index(word.lower()))
+        return ("text", re.sub(r'["${}]', "", "".join((word, *rest))).lower())
 
     def name(self, name):
         """A constant, a variable, or an unknown function: f(x), I(0)."""
@@ -882,7 +869,7 @@ class Reader:
         return ("call", name, *members)
 
     def root(self):
-        index = integer(2)
+        index = number(2)
         if self.took("["):
             index = self.expression()
             self.took("]")
@@ -904,8 +891,8 @@ class Reader:
             while self.starts_factor() and self.next not in stops and self.next[0] not in DIGITS:
                 inside = product(inside, self.expression(PRODUCT))
         self.angles -= name in TRIGONOMETRIC
-        if power == integer(-1) and name in TRIGONOMETRIC:
-            return ("op", f"arc{name}", inside)
+        if power == number(-1) and name in TRIGONOMETRIC:
+            return ("op", rf"\arc{name[1:]}", inside)
         node = ("op", name, inside)
         node = quotient(node, ("op", name, base)) if base else node
         return ("op", "^", node, power) if power else node
@@ -914,7 +901,7 @@ class Reader:
         r"""( ), [ ], { }, \{ \}, half-open intervals, |x|, floors, matrices."""
         outside, self.bars = (self.bars, self.unit), int(opening == "|")
         members = self.members()
-        style = BRACKETS.get(opening + self.take())
+        style = BRACKETS.get((opening, self.take()))
         self.bars, self.unit = outside
         if not style or not members and style != "set":
             raise Unreadable("brackets that do not match, or are empty")
@@ -927,19 +914,8 @@ class Reader:
         return node
 
 
-LETTERS_ONLY = str.maketrans("", "", '"${}')
-
-
-def number(digits):
-    """A literal, 12 or .5 or 1.60e-19."""
-    mantissa, _, exponent = digits.lower().partition("e")
-    if abs(int(exponent or 0)) > 400:
-        raise Unreadable("the exponent of a number is beyond 400")
-    return ("num", Fraction(mantissa) * Fraction(10) ** int(exponent or 0))
-
-
-def integer(n):
-    return ("num", Fraction(n))
+def number(value):
+    return ("num", Fraction(value))
 
 
 def negated(node):
@@ -960,12 +936,7 @@ def product(a, b):
 
 
 def quotient(a, b):
-    return product(a, ("op", "^", b, integer(-1)))
-
-
-def binomial(n, k):
-    below = product(("op", "!", k), ("op", "!", joined("op", "+", n, negated(k))))
-    return quotient(("op", "!", n), below)
+    return product(a, ("op", "^", b, number(-1)))
 
 
 def related(left, op, right):
@@ -1049,7 +1020,7 @@ def same_each(ps, gs):
 def same_sequence(style, ps, gs):
     if style in (r"\cup", r"\cap"):
         return same_members(ps, gs)
-    if style != ":" or len(ps) != len(gs) or integer(0) in (*ps, *gs):
+    if style != ":" or len(ps) != len(gs) or number(0) in (*ps, *gs):
         return same_each(ps, gs)
     # 1:2 = 2:4 by cross products; a time such as 5:00 only term by term
     return all(same(product(ps[0], g), product(p, gs[0])) for p, g in zip(ps, gs, strict=True))
@@ -1081,13 +1052,13 @@ def spelled(node):
 
 
 def is_name(node):
-    r"""x, x_1, f(x), AB, \angle A, Area, (x, y), a:b: may be before = and is no part of the value."""
+    r"""x, x_1, f(x), AB, \angle A, Area, (x, y), a:b: before =, it is no part of the value."""
     if node[0] in ("var", "text", "call"):
         return True
     if node[0] == "seq":
         return all(map(is_name, node[2:]))
     return node[:2] == ("op", "*") and {part[0] for part in node[2:]} == {"var"} and (
-        all(part[1][0].isupper() or part[1][0] == "\\" for part in node[2:]))
+        all(part[1][0].isupper() or part[1][0] in "∠△" for part in node[2:]))
 
 
 def stated_values(relation):
@@ -1107,12 +1078,11 @@ TURNED = {"=": "=", r"\ne": r"\ne", "<": ">", ">": "<", r"\le": r"\ge", r"\ge": 
 
 def same_relation(p, g):
     """The same sides, in one order or the other; or one is a multiple of the other."""
-    (_, ops, *ps), (_, g_ops, *gs) = p, g
-    turned = tuple(TURNED.get(op) for op in reversed(ops))
-    for ops, ps in ((ops, ps), (turned, ps[::-1])):
-        if ops == g_ops and (same_each(ps, gs) or len(ops) == 1 and same_multiple(*ops, ps, gs)):
-            return True
-    return False
+    (_, p_ops, *ps), (_, ops, *gs) = p, g
+    turned = tuple(TURNED.get(op) for op in reversed(p_ops))
+    readings = [sides for chain, sides in ((p_ops, ps), (turned, ps[::-1])) if chain == ops]
+    return any(same_each(sides, gs) or len(ops) == 1 and same_multiple(ops[0], sides, gs)
+               for sides in readings)
 
 
 def same_multiple(op, ps, gs):
@@ -1130,31 +1100,29 @@ def same_multiple(op, ps, gs):
     return same_expression(p, product(("num", factor), g))
 
 
-# ----- two expressions are equal if they agree at random points: exactly where all is rational, else
-#       to 30 of 50 digits.  f = g at a random point by accident has probability ~ 0 (Schwartz 1980)
+# ----- two expressions are equal if they agree at random points: exactly where all is rational,
+#       else to 30 of 50 digits.  f != g agree by accident with probability ~ 0 (Schwartz 1980)
 
 MP = mpmath.MPContext()  # our own, so that nobody's mpmath.mp.dps changes a verdict
 MP.dps = 50
 LOCK = threading.Lock()  # mpmath caches its constants without one
 TOLERANCE = MP.mpf(10) ** -30
-NUMBERS = {"pi": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}
+NUMBERS = {"π": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}
 
 
 def same_expression(p, g):
     names = variables(p) | variables(g)
     both = ("op", "", p, g)
-    whole = contains(both, "!") or all(contains(x, "floor", "ceil") for x in (p, g))
+    whole = contains(both, "!", "binom") or all(contains(x, "floor", "ceil") for x in (p, g))
     signed = contains(both, "abs")
     # floor(n/2) and ceil(n/2) agree at every other whole number
-    wanted = 0 if not names else 15 if whole else 2
+    wanted = 0 if not names else 15 if whole or signed else 2
     for k in range(3 * wanted + 1):
         point = functools.partial(coordinate, k=k, whole=whole, signed=signed)
         try:
             a, b = evaluate(p, point), evaluate(g, point)
-        except ZeroDivisionError:  # a pole, the factorial of 1/2: try another point
+        except ArithmeticError:  # a pole, the factorial of 1/2, a bound: try another point
             continue
-        except ArithmeticError:  # a bound
-            return False
         if k % 2 and (MP.im(a) or MP.im(b)):
             continue  # a root or logarithm of a negative variable, which is not meant
         if not close(a, b):
@@ -1186,7 +1154,7 @@ def coordinate(name, k=0, whole=False, signed=False):
     draw = random.Random(f"{name} {k}")
     if whole:
         return Fraction(draw.randint(3, 40))
-    value = Fraction(draw.randint(501, 8999), 997)
+    value = Fraction(draw.randint(501, 3999), 997)
     # sqrt(x^2) is not x, but sqrt(r^2) is r: other letters are lengths and the like
     return -value if k % 2 and (signed or name in ("x", "y", "z")) else value
 
@@ -1271,14 +1239,15 @@ def floor(x):
 
 def function(name, x):
     x = MP.convert(x)
-    if name != "ln" and x and MP.mag(x) > MAX_ARGUMENT_BITS:
+    if name != r"\ln" and x and MP.mag(x) > MAX_ARGUMENT_BITS:
         raise OverflowError("a large argument")
-    return getattr(MP, name.replace("arc", "a"))(x)  # of FUNCTIONS
+    return getattr(MP, name[1:].replace("arc", "a"))(x)  # of FUNCTIONS
 
 
 OPERATIONS = {"+": add, "*": operator.mul, "^": power, "root": root,
               "neg": operator.neg, "abs": abs, "!": factorial, "floor": floor,
-              "ceil": lambda x: -floor(-x)}
+              "ceil": lambda x: -floor(-x),
+              "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k)}
 
 
 # --------------------------------------------------------------------------------------------------
