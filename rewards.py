@@ -1291,17 +1291,7 @@ class Worker:
         dict or string before it has ever returned a number.
         """
         with self.lock:
-            try:
-                if self.process is None or self.process.poll() is not None:
-                    self.start()
-                self.connection.send_bytes(json.dumps([completion, answer]).encode())
-                if not self.connection.poll(timeout):
-                    self.kill()
-                    return "timeout", math.nan
-                reply = json.loads(self.connection.recv_bytes(MAX_REPLY_BYTES))
-            except (OSError, EOFError) as error:  # it died
-                self.kill()
-                reply = {"error": f"the process died: {error!r}"}
+            reply = self.exchange(json.dumps([completion, answer]).encode(), timeout)
         if "value" in reply:
             self.proven = True
             return "done", reply["value"]
@@ -1310,13 +1300,27 @@ class Worker:
                              "called for one completion and returns one number, or None")
         if not self.complained:
             self.complained = True
-            print(f"rewards: {self.function} gave no reward; further cases are counted, not shown: "
-                  f"{reply}", file=sys.stderr, flush=True)
-        return "crash" if "error" in reply else "no_verdict", math.nan
+            print(f"rewards: {self.function} gave no reward, like perhaps others that are counted "
+                  f"but not shown: {reply}", file=sys.stderr, flush=True)
+        return next((name for name in ("timeout", "crash") if name in reply), "no_verdict"), math.nan
+
+    def exchange(self, question, timeout):
+        for _ in range(2):  # killed from outside?  A fresh process tries again.
+            try:
+                if self.process is None or self.process.poll() is not None:
+                    self.start()
+                self.connection.send_bytes(question)
+                if self.connection.poll(timeout):
+                    return json.loads(self.connection.recv_bytes(MAX_REPLY_BYTES))
+                self.kill()
+                return {"timeout": timeout}
+            except (OSError, EOFError) as error:
+                self.kill()
+                reply = {"crash": f"the process died: {error!r}"}
+        return reply
 
     def start(self):
-        if self.process is not None:
-            self.kill()
+        self.kill()
         ours, theirs = socket.socketpair()
         self.connection = Connection(ours.detach())
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -1326,14 +1330,16 @@ class Worker:
             command, pass_fds=[theirs.fileno()], start_new_session=True, env=environment,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         theirs.close()
-        reply = {"error": f"not imported after {START_SECONDS} s"}
+        reply = {"crash": f"it was not imported within {START_SECONDS} s"}
         if self.connection.poll(START_SECONDS):
             reply = json.loads(self.connection.recv_bytes(MAX_REPLY_BYTES))
-        if "error" in reply:
+        if "crash" in reply:
             self.kill()
-            raise ValueError(f"--reward_funcs {self.function}: {reply['error']}")
+            raise ValueError(f"--reward_funcs {self.function}: {reply['crash']}")
 
     def kill(self):
+        if self.process is None:
+            return
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -1362,16 +1368,18 @@ def serve(function, descriptor, parent):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         call = getattr(module, name)
-    except Exception as error:  # noqa: BLE001 - a user's file may raise anything; the trainer says so
-        return reply(error=f"cannot be imported: {error!r}"[:2000])
+    except Exception as error:  # noqa: BLE001 - a user's file may raise anything
+        return reply(crash=f"it cannot be imported: {error!r}"[:2000])
     reply(ready=True)
     while True:
         try:
-            reply(**verdict(call(*json.loads(connection.recv_bytes()))))
+            question = json.loads(connection.recv_bytes())
         except EOFError:
             return None  # the trainer has ended
+        try:
+            reply(**verdict(call(*question)))
         except Exception as error:  # noqa: BLE001 - as above; the next completion gets its chance
-            reply(error=repr(error)[:2000])
+            reply(crash=repr(error)[:2000])
 
 
 def verdict(value):
