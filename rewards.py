@@ -474,7 +474,7 @@ UNITS = {spelling: line.split()[0] for line in """
     ounce; ml milliliter; l liter litre; gallon gal; quart; cup; ton; s sec second; min minute; h hr
     hour; day; week; month; yr year; am; pm; hz hertz; khz; mhz; j joule; kj; n newton; pa pascal; w
     watt; kw; v volt; a amp ampere; ohm; k kelvin; c celsiu; f fahrenheit; mol mole; deg degree; rad
-    radian; % percent percentage pct; dollar usd; cent; euro; kcal; ev; acre
+    radian; % percent percentage pct; dollar usd; cent; euro; kcal; ev; acre; / per
     """.split(";") for spelling in line.split()}
 # other words that may follow a number without \text
 TYPED_UNITS = set("""mph unit people student way dog point time marble apple book car integer value
@@ -511,16 +511,16 @@ REWRITES = r"""
     ⅓ -> \\frac13   ...
     ⅔ -> \\frac23   ...
     ∛ -> \\sqrt[3]   cube root
-    … -> \\dots    no three periods
+    … -> \\dots~   no three periods
     [⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+ -> ^{\g<0>}   raised digits
     [₀-₎ₙ]+ -> _{\g<0>}   and lowered ones
     \\?\$|\\(?:left|right) *\.|(?<!\\)\\[()\[\]] -> ~   delimiters, dollars
     \\[hv]space\*? *\{[^{}]*\}|\\[hv]?phantom *(?:\{[^{}]*\}|.) -> ~   layout
-    \\begin *\{[pbB]?(?:small)?(?:matrix|array)\}(?: *\{[clr| ]*\})? -> \\matrix\\row    brackets
-    (?:\\\\ *)?\\end *\{[pbB]?(?:small)?(?:matrix|array)\} -> \\endrow\\endmatrix    in them
-    \\begin *\{vmatrix\} -> \\determinant\\row    the same
-    (?:\\\\ *)?\\end *\{vmatrix\} -> \\endrow\\enddeterminant    the same
-    \\\\(?: *\[[0-9.]* *[a-z]{2}\])? -> \\endrow,\\row    also \\[2pt]
+    \\begin *\{[pbB]?(?:small)?(?:matrix|array)\}(?: *\{[clr| ]*\})? -> \\matrix\\row~   brackets
+    (?:\\\\ *)?\\end *\{[pbB]?(?:small)?(?:matrix|array)\} -> \\endrow\\endmatrix~   in them
+    \\begin *\{vmatrix\} -> \\determinant\\row~   the same
+    (?:\\\\ *)?\\end *\{vmatrix\} -> \\endrow\\enddeterminant~   the same
+    \\\\(?: *\[[0-9.]* *[a-z]{2}\])? -> \\endrow,\\row~   also \\[2pt]
     (?<!\\)& -> ,   between the entries of a row
     \\lg(?![a-z]) -> \\log_{10}    log is natural
     \^ *(?:\{ *(?:\\circ|°) *\}|\\circ(?![a-z])|°)|(?<=[0-9])\^(?:o\b|\{o\}) -> °   degrees
@@ -537,12 +537,12 @@ REWRITES = r"""
     \( *([0-9]+) *\) *_ -> \1_   (204)_5
     (?<![0-9A-Za-z\\{])([0-9]*[A-Z][0-9A-Z]+)(?= *_ *\{?1[1-6]) -> \\text{\1}   A5_{11}
     \\mathbb *\{? *R *\}?|ℝ -> (-\\infty,\\infty)   all numbers
-    < *= -> \\le    as typed
-    > *= -> \\ge    as typed
+    < *= -> \\le~   as typed
+    > *= -> \\ge~   as typed
     \*\* -> ^   as typed
     \b(?:np|math|sympy)\.(?=[a-z]) ->     np.sqrt
     ([0-9.]) *[xX] *(?=10 *\^) -> \1*   3x10^8
-    (?<=[0-9]) *(?:\\(?:text|mbox) *\{ *)?million\b *\}? -> *10^6    5 million
+    (?<=[0-9]) *(?:\\(?:text|mbox) *\{ *)?million\b *\}? -> *10^6~   5 million
     \{([^{}]*)\\over(?![a-z])([^{}]*)\} -> \\frac{\1}{\2}   {a \over b}
     \{([^{}]*)\\choose(?![a-z])([^{}]*)\} -> \\binom{\1}{\2}   {n \choose k}
     \\[dtc]?frac *([0-9])(?![0-9]{2}) * -> \\frac{\1}   \frac12 takes one digit ...
@@ -642,7 +642,7 @@ def styled(command, content):
         return ["$" + name]
     if name in SAME and name.isalpha():  # \operatorname{arcsin}
         return [SAME[name]]
-    formula = re.search(r"[+=^_/]|\\[A-Za-z]|[0-9][A-Za-z]", content)
+    formula = re.search(r"[+=^_]|/[0-9]|\\[A-Za-z]|[0-9][A-Za-z]", content)
     return tokenise(content.rstrip(" .\\"), prose=not formula and command not in SYMBOL_FONTS)
 
 
@@ -813,7 +813,8 @@ class Reader:
         words = [word.strip('"') for word in self.rest()]
         names = [unit_name(word) for word in words]
         text = "".join(f"{name or word} " for name, word in zip(names, words, strict=True))
-        if not UNITS_TEXT.fullmatch(text) or not NO_UNIT.isdisjoint(words):
+        unknown = words[0] in ("/", "*") and not names[1]  # x/y is no x
+        if unknown or not UNITS_TEXT.fullmatch(text) or not NO_UNIT.isdisjoint(words):
             raise Unreadable(f"{text} is no unit")
         self.unit = text if any(names) else "?"
         if any(names) and (found := ONE_UNIT.fullmatch(text)):
