@@ -614,8 +614,10 @@ def tokenise(text, prose=False):
             tokens += styled(token, content)
         elif token in ACCENTS or token == "_" and before[0] == "$":  # part of a name
             content, at = argument(text, at)
-            name = tokens.pop() if token == "_" else "$"
-            tokens.append(name + token + re.sub(r"\\text|\\mathrm|[{} ]", "", content))
+            index = re.sub(r"\\text|\\mathrm|[{} ]", "", content)
+            if not index:
+                raise Unreadable(f"{token} of nothing")
+            tokens.append((tokens.pop() if token == "_" else "$") + token + index)
         elif token == "'" and before[0] == "$":
             tokens[-1] += "'"
         elif token.isalpha():
@@ -1303,7 +1305,8 @@ class Worker:
             self.complained = True
             print(f"rewards: {self.function} gave no reward, like perhaps others that are counted "
                   f"but not shown: {reply}", file=sys.stderr, flush=True)
-        return next((name for name in ("timeout", "crash") if name in reply), "no_verdict"), math.nan
+        outcome = {"timeout", "crash"} & reply.keys() or {"no_verdict"}
+        return outcome.pop(), math.nan
 
     def exchange(self, question, timeout):
         for _ in range(2):  # killed from outside?  A fresh process tries again.

@@ -20,8 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import read_jsonl, write_atomically  # noqa: E402
 from rewards import (  # noqa: E402
-    RewardedGroup, RewardOptions, built_in_part, check_reward_options, extract_answer, judge,
-    part_name, weighted_totals)
+    RewardedGroup,
+    RewardOptions,
+    built_in_part,
+    check_reward_options,
+    extract_answer,
+    judge,
+    part_name,
+    weighted_totals,
+)
 
 NEED_CORRECT = ("accuracy", "cosine", "length")
 
@@ -53,7 +60,8 @@ def regrade(run, output=None):
     counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
     print(f"{len(regraded)} completions in {len(groups)} groups: {counts}")
     now = Counter(new["correct"] for _, new in flips)
-    print(f"{len(flips)} flips: {now[True]} to right, {now[False]} to wrong, {now[None]} to unknown")
+    print(f"{len(flips)} flips: {now[True]} to right, {now[False]} to wrong, "
+          f"{now[None]} to unknown")
     if output:
         write_atomically(output, "".join(json.dumps(row) + "\n" for row in regraded))
         print(f"wrote {output}")
@@ -72,13 +80,14 @@ def regrade_group(rows, options):
         again = name in NEED_CORRECT
         values = built_in_part(name, texts, correct, lengths, options) if again else stored
         parts[part_name(name)] = values
-    return RewardedGroup(parts, weighted_totals(parts, correct, rewards), outcomes, correct, lengths)
+    totals = weighted_totals(parts, correct, rewards)
+    return RewardedGroup(parts, totals, outcomes, correct, lengths)
 
 
 def print_flips(flips, answer_scope):
     if flips:
-        print(f"{'step':>6} {'prompt':>6} {'sample':>6}  {'stored':<10} {'now':<10} {'reward':>16}  "
-              "gold | answer")
+        print(f"{'step':>6} {'prompt':>6} {'sample':>6}  {'stored':<10} {'now':<10} "
+              f"{'reward':>16}  gold | answer")
     for old, new in flips:
         print(f"{old['step']:>6} {old['prompt_index']:>6} {old['sample_index']:>6}  "
               f"{old['outcome']:<10} {new['outcome']:<10} {old['reward']:>6.2f} -> "

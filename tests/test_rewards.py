@@ -25,9 +25,9 @@ OPEN_RS = {"max_length": 3584, "correct_at_0": 1.0, "correct_at_max": 0.5, "wron
            "wrong_at_max": -0.5}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Formulas: the acceptance numbers, then agreement with the recipes' own code in other words
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -98,9 +98,11 @@ def test_formulas_agree_with_the_published_ones_on_random_cases():
         assert ours == pytest.approx(theirs)
         lengths = [draw.randint(1, 9) for _ in range(draw.randint(1, 8))]
         rights = [draw.random() < 0.5 for _ in lengths]
-        assert rewards.length_rewards(lengths, rights) == pytest.approx(published_length(lengths, rights))
+        theirs = published_length(lengths, rights)
+        assert rewards.length_rewards(lengths, rights) == pytest.approx(theirs)
         text = " ".join(draw.choice(["a", "B", "b", "c"]) for _ in range(draw.randint(0, 20)))
-        assert rewards.repetition_penalty(text) == pytest.approx(published_repetition(text, 3, -1.0))
+        theirs = published_repetition(text, 3, -1.0)
+        assert rewards.repetition_penalty(text) == pytest.approx(theirs)
 
 
 def test_format_open_rs_agrees_with_its_regular_expression():
@@ -166,13 +168,14 @@ def test_repetition_of_words():
 
 
 def test_soft_overlong():
-    penalties = [rewards.soft_overlong_penalty(n, max_length=100, cache=20) for n in (0, 80, 90, 100, 200)]
+    lengths = (0, 80, 90, 100, 200)
+    penalties = [rewards.soft_overlong_penalty(n, max_length=100, cache=20) for n in lengths]
     assert penalties == pytest.approx([0, 0, -0.5, -1, -1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A group
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 RIGHT, WRONG, NONE = r"think \boxed{\frac12}</think>", r"think \boxed{3}</think>", "no box at all"
 
@@ -183,8 +186,9 @@ def group(options, texts=(RIGHT, WRONG, NONE), gold="0.5", lengths=(100, 200, 30
 
 def test_group_default_is_fast_math():
     scored = group(RewardOptions(cosine_max_length=200))
-    assert scored.outcomes == ["right", "wrong", "no_answer"] and scored.correct == [True, False, False]
-    assert scored.parts["format"] == [1, 1, 0] and scored.parts["length"] == pytest.approx([0.5, 0, -0.5])
+    assert scored.outcomes == ["right", "wrong", "no_answer"]
+    assert scored.correct == [True, False, False] and scored.parts["format"] == [1, 1, 0]
+    assert scored.parts["length"] == pytest.approx([0.5, 0, -0.5])
     assert scored.parts["cosine"] == pytest.approx([0.55, -0.1, -0.1])
     sums = [sum(part[i] for part in scored.parts.values()) for i in range(3)]
     assert scored.totals == pytest.approx(sums) and scored.lengths == [100, 200, 300]
@@ -214,7 +218,8 @@ def test_unreadable_gold_pays_nobody():
     scored = group(RewardOptions(), gold="")
     assert all(math.isnan(total) for total in scored.totals) and scored.correct == [None] * 3
     assert scored.outcomes == ["bad_gold"] * 3
-    assert all(math.isnan(total) for total in group(RewardOptions(reward_funcs="format"), gold="").totals)
+    scored = group(RewardOptions(reward_funcs="format"), gold="")
+    assert all(math.isnan(total) for total in scored.totals)
 
 
 @pytest.mark.parametrize(
@@ -243,14 +248,14 @@ def test_options_are_parsed_once(monkeypatch):
     assert rewards.check_reward_options(options) == [("accuracy", 1.0), ("format", 0.5)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Workers
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def user_file(tmp_path, monkeypatch):
-    monkeypatch.setenv("GRANDCHILD_SECONDS", str(987000 + os.getpid()))  # a name of its own for pgrep
+    monkeypatch.setenv("GRANDCHILD_SECONDS", str(987000 + os.getpid()))  # for pgrep
     path = tmp_path / "user.py"
     path.write_text(
         textwrap.dedent("""
@@ -260,7 +265,8 @@ def user_file(tmp_path, monkeypatch):
             if completion == "sleep": time.sleep(1000)
             if completion == "spin":
                 while True: pass
-            if completion == "grandchild": subprocess.run(["sleep", os.environ["GRANDCHILD_SECONDS"]])
+            if completion == "grandchild":
+                subprocess.run(["sleep", os.environ["GRANDCHILD_SECONDS"]])
             if completion == "die": os._exit(3)
             if completion == "raise": raise KeyError("x")
             if completion == "memory": return len(bytearray(10**11))
@@ -330,8 +336,9 @@ def test_a_function_that_returns_no_number_is_refused_at_the_first_call(tmp_path
 
 def test_no_verdict_is_no_reward(tmp_path, capfd):
     """Rewards of -1 and 1: a call that fails must not be the best of the group."""
-    function = write_function(tmp_path, "return {'1': 1, '2': -1, '3': float('inf'), '4': None, "
-                              "'5': 'late', '6': 1j}.get(completion) if completion != '7' else 1 / 0")
+    function = write_function(
+        tmp_path, "return 1 / 0 if completion == '7' else {'1': 1, '2': -1, '3': float('inf'), "
+        "'4': None, '5': 'late', '6': 1j}[completion]")
     scored = group(RewardOptions(reward_funcs=function, reward_timeout=20.0), list("1234567"),
                    lengths=range(1, 8))
     assert scored.totals[:2] == [1, -1] and all(math.isnan(total) for total in scored.totals[2:])
@@ -363,7 +370,8 @@ def test_user_reward_in_a_group(user_file):
 
 
 def pgrep(pattern):
-    return subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False).stdout.split()
+    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False)
+    return found.stdout.split()
 
 
 def test_no_orphans_when_the_parent_is_killed(user_file):
@@ -386,9 +394,9 @@ def test_no_orphans_when_the_parent_is_killed(user_file):
     assert not pgrep(re.escape(f"--worker {user_file}"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Grading a run again
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def write_run(folder, options, flip=()):
