@@ -643,7 +643,7 @@ def styled(command, content):
     if len(name) == 1 and name.isalpha() and (command in FONTS or name in "eid"):
         return ["$" + name]
     if name in SAME and name.isalpha():  # \operatorname{arcsin}
-        return [SAME[name]]
+        return letters(name, " ")
     formula = re.search(r"[+=^_]|/[0-9]|\\[A-Za-z]|[0-9][A-Za-z]", content)
     return tokenise(content.rstrip(" .\\"), prose=not formula and command not in SYMBOL_FONTS)
 
@@ -987,7 +987,7 @@ def same(p, g):
 
 def without_unit(node, other_unit=None):
     r"""A value without its unit; 1000 m beside 1000\text{ m} ends in a letter that is one."""
-    if other_unit and node[:2] == ("op", "*") and other_unit == f"{node[-1][1]}^1":
+    if other_unit and node[:2] == ("op", "*") and other_unit == f"{node[-1][1]}^1".lower():
         return node[2] if len(node) == 4 else node[:-1]
     return node[2] if node[0] == "unit" else node
 

@@ -63,7 +63,7 @@ EQUAL = {
         \sqrt{\frac12} == \frac{\sqrt{2}}{2}""",
     "constants": r"""
         \frac{\pi}{2} == \frac\pi2 == \pi/2 == 0.5\pi == π/2 == \frac12 \pi
-        2\pi == 2π == 2pi == \pi\cdot 2
+        2\pi == 2π == 2pi == \pi\cdot 2 == 2\,\mathrm{pi}
         e^{i\pi} == -1
         3+4i == 4i+3 == 3+4 i == 3+4\cdot i
         \sqrt{-4} == 2i""",
@@ -112,6 +112,7 @@ EQUAL = {
         6\frac{1}{6}\text{ feet} == \frac{37}{6}
         16\text{ widgets} == 16
         1000\text{ m} == 1000 m
+        12 N == 12\text{ N} == 12\text{ newtons}
         8\!:\!34 \text{ p.m.} == 8:34 pm == 8:34 p.m. == 8:34 PM == 8{:}34\text{ pm}
         5 million == 5000000 == 5\text{ million}
         \text{four} == 4 == four

@@ -296,11 +296,15 @@ def test_stuck_and_dead_workers_are_replaced_and_order_is_kept(user_file):
     worker.kill()
 
 
-def test_a_worker_killed_from_outside_is_replaced(user_file):
-    worker = Worker(user_file)
-    for _ in range(3):
-        assert worker.ask("a", "a", 5.0) == ("done", 1.0)
+def test_a_worker_killed_from_outside_is_replaced(tmp_path):
+    """Between two calls, and (the timer) in the middle of one."""
+    worker = Worker(write_function(tmp_path, "import time; time.sleep(0.5); return 1"))
+    for _ in range(2):
+        assert worker.ask("", "", 5.0) == ("done", 1.0)
         os.kill(worker.process.pid, signal.SIGKILL)
+    assert worker.ask("", "", 5.0) == ("done", 1.0)
+    threading.Timer(0.25, os.kill, (worker.process.pid, signal.SIGKILL)).start()
+    assert worker.ask("", "", 5.0) == ("done", 1.0)
     worker.kill()
 
 
