@@ -979,7 +979,7 @@ def same(p, g):
     if p[0] == g[0] == "rel":
         return same_relation(p, g)
     if "text" in (p[0], g[0]):  # even, typed without \text, reads as e v e n
-        return spelled(p) is not None and spelled(p) == spelled(g)
+        return spelled(p) == spelled(g)
     if p[0] == g[0] == "seq":
         return p[1] == g[1] and same_sequence(p[1], p[2:], g[2:])
     return {p[0], g[0]} <= {"num", "var", "const", "op", "call"} and same_expression(p, g)
@@ -1118,8 +1118,7 @@ def same_expression(p, g):
     both = ("op", "", p, g)
     whole = contains(both, "!", "binom") or all(contains(x, "floor", "ceil") for x in (p, g))
     signed = contains(both, "abs")
-    # floor(n/2) and ceil(n/2) agree at every other whole number
-    wanted = 0 if not names else 15 if whole or signed else 2
+    wanted = 0 if not names else 29 if whole or signed else 2
     for k in range(3 * wanted + 1):
         point = functools.partial(coordinate, k=k, whole=whole, signed=signed)
         try:
@@ -1154,10 +1153,9 @@ def variables(node):
 @functools.lru_cache(maxsize=8192)
 def coordinate(name, k=0, whole=False, signed=False):
     """The k-th value of a variable, the same in every process."""
-    draw = random.Random(f"{name} {k}")
-    if whole:
-        return Fraction(draw.randint(3, 40))
-    value = Fraction(draw.randint(501, 3999), 997)
+    if whole:  # without repetition: floor(n/8) and floor((n+1)/8) differ at every eighth number
+        return Fraction(random.Random(name).sample(range(3, 41), 38)[k % 38])
+    value = Fraction(random.Random(f"{name} {k}").randint(501, 3999), 997)
     # sqrt(x^2) is not x, but sqrt(r^2) is r: other letters are lengths and the like
     return -value if k % 2 and (signed or name in ("x", "y", "z")) else value
 
