@@ -287,15 +287,17 @@ def test_every_flipped_bit_and_every_truncation_of_a_checkpoint_is_seen(tmp_path
         file.write_bytes(content)
 
 
-PIECES = ["\\boxed{", "}", "1", "\\frac", "{", "^", "x", "(", ",", "\\text{", "<think>", "</think>", "\x00"]
+PIECES = r"""\boxed{ } 1 \frac { ^ x ( ) , \text{ <think> </think> f( | _ / : = \pm \sin \sqrt[ ] \overline{ ! 0.
+    \begin{pmatrix} \end{pmatrix} & \\ ° % ' cm and million \lfloor \rfloor e i C) ** ½ ² \log \{ \}
+    """.split() + ["\x00", " "]
 
 
 def test_gold_answers_and_completions_of_any_kind():
     rng = random.Random(4)
-    for _ in range(300):
-        value = any_value(rng)
-        with one_line_or_nothing(value):
+    for _ in range(3000):
+        value, text = any_value(rng), "".join(rng.choices(PIECES, k=rng.choice([3, 6, 40])))
+        with one_line_or_nothing((value, text)):
             gold = rewards.gold_answer(value)
-            text = "".join(rng.choices(PIECES, k=40))
             assert isinstance(rewards.is_equal(text, gold or "1"), bool)
+            rewards.gold_answer(text)
             rewards.extract_answer(text)
