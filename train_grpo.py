@@ -50,7 +50,8 @@ from data import (
     stop_token_id, system_prompt_text)
 from model import (
     RunLog, Stopped, check_common_flags, check_flags, clip_gradients, describe_memory, flag,
-    flops_per_pack, folder_hash, gather_objects, generation_config, last_checkpoint, load_checkpoint, load_config,
+    flops_per_pack, folder_hash, gather_objects, generation_config, last_checkpoint,
+    load_checkpoint, load_config,
     load_policy, load_tokenizer, make_schedule, max_over_ranks, model_folder,
     nothing_left_to_train, open_run, peak_flops, peak_memory_gb, raise_on_all_ranks, run_main,
     save_checkpoint, save_hf, schedule_horizon, setup_distributed, shutdown_distributed,
@@ -495,9 +496,8 @@ def score_group(problem, completions, cfg, tokenizer):
     """Decode and score one group; rewards.py sees texts and lengths, never token ids."""
     started = time.perf_counter()
     texts = [completion_text(tokenizer, c) for c in completions]
-    scored = rewards_for_group(
-        texts, problem.answers[0], cfg, lengths=[len(c.token_ids) for c in completions],
-        truncated=[c.finish_reason == "length" for c in completions])
+    lengths = [len(c.token_ids) for c in completions]
+    scored = rewards_for_group(texts, problem.answers[0], cfg, lengths)
     return Group(problem, completions, texts, scored, time.perf_counter() - started)
 
 
@@ -562,7 +562,8 @@ def start_engine(cfg, ctx, layout, folder, tokenizer, prompt_ids):
     if layout.owns_engine:
         engine = Engine(
             folder, max_model_len=cfg.max_prompt_length + cfg.max_completion_length + 1,
-            dtype=dtype_name(ctx), vocab_size=len(tokenizer), request_timeout=cfg.request_timeout,
+            dtype=dtype_name(ctx), vocab_size=max(tokenizer.get_vocab().values()) + 1,
+            request_timeout=cfg.request_timeout,
             tensor_parallel_size=cfg.tensor_parallel_size,
             devices=layout.devices if ctx.device.type == "cuda" else None,
             gpu_memory_utilization=cfg.gpu_memory_utilization, max_num_seqs=cfg.max_num_seqs,
