@@ -71,7 +71,7 @@ def test_the_reward_rises_and_everything_is_logged(learned):
     first, last = (np.mean([row["reward/digits"] for row in rows[i:i + 3]]) for i in (0, 9))
     assert last > first + 0.15
     expected = {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "peak_memory_gb", "reward/total",
-                "completions/truncated", "update/clip_low", "update/clip_high", "update/kl", "sync/seconds",
+                "completions/truncated", "update/clip_low", "update/clip_high", "sync/seconds",
                 "sync/logprob_gap", "time/rollout", "time/update", "time/sync"}
     assert expected <= set(rows[0]) and "eval/pass@1" in rows[-1]
     for row in rows:  # on policy, without cut-off sampling: engine and trainer agree, the ratio is one
