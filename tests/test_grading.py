@@ -82,7 +82,7 @@ EQUAL = {
         x_{0}+\rho_1 == \rho_{1}+x_0""",
     "functions": r"""
         \sin^2 x == 1-\cos^2 x == (\sin x)^2 == \sin^{2}(x) == sin(x)^2
-        \tan^{-1} 1 == \frac{\pi}{4} == \arctan(1) == np.arctan(1)
+        \tan^{-1} 1 == \frac{\pi}{4} == \arctan(1) == arctan(1)
         \log_2 8 == 3
         \ln\sqrt{x} == \frac12\ln x
         \log_{10} 250 == \frac{\ln 250}{\ln 10}
