@@ -671,7 +671,8 @@ BINDING = {token: n for n, tokens in enumerate(LEVELS, 1) for token in tokens.sp
 RELATION, UNION, RATIO, SUM, PRODUCT, POWER, UNIT = range(1, 8)
 BRACKETS = {(opening, closing): style for opening, closing, style in map(str.split, r"""
     ( ) (); [ ] []; { } {}; [ ) [); ( ] (]; \{ \} set; | | abs; \langle \rangle <>;
-    \lfloor \rfloor floor; \lceil \rceil ceil; \row \endrow row; \matrix \endmatrix matrix""".split(";"))}
+    \lfloor \rfloor floor; \lceil \rceil ceil; \row \endrow row; \matrix \endmatrix matrix
+    """.split(";"))}
 OPENING = {opening for opening, _ in BRACKETS}
 CLOSING = {closing for _, closing in BRACKETS} - {"|"} | {""}
 ENDS = CLOSING | set(LEVELS[0].split()) | {",", ";"}
@@ -1299,7 +1300,7 @@ class Worker:
     def exchange(self, question, timeout):
         for _ in range(2):  # killed from outside?  A fresh process tries again.
             try:
-                if self.process is None or self.process.poll() is not None:
+                if self.process is None:
                     self.start()
                 self.connection.send_bytes(question)
                 if self.connection.poll(timeout):
@@ -1332,10 +1333,8 @@ class Worker:
     def kill(self):
         if self.process is None:
             return
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it is gone already
+        # Nobody has waited for it yet, so even a dead one keeps its number from other processes.
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.process = None
         self.connection.close()
