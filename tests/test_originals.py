@@ -56,10 +56,12 @@ def patched(tmp_path_factory):
     return folders
 
 
-def in_patched(folder, check, *arguments):
-    """Run a function of this file, whose imports are its own, with the modules of folder."""
-    script = folder / f"{check.__name__}.py"
-    script.write_text(f"{inspect.getsource(check)}\n\n{check.__name__}(*{arguments!r})\n")
+def in_patched(folder, *calls):
+    """Call functions of this file, (function, *arguments), with the modules of folder."""
+    script = folder / "checks.py"
+    lines = [inspect.getsource(check) for check, *_ in calls]
+    lines += [f"{check.__name__}(*{arguments!r})" for check, *arguments in calls]
+    script.write_text("\n\n".join(lines))
     done = run(sys.executable, script, PYTHONPATH=str(folder), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -124,11 +126,6 @@ def check_rewards_of_open_rs():
     assert part("accuracy", [r"\boxed{0.56}"], gold=r"0.56=56\%") == [0]
 
 
-def test_rewards(patched):
-    in_patched(patched["fast_math_r1"], check_rewards_of_fast_math)
-    in_patched(patched["open_rs"], check_rewards_of_open_rs)
-
-
 # --------------------------------------------------------------------------------------------------
 # Stage 1
 # --------------------------------------------------------------------------------------------------
@@ -165,10 +162,6 @@ def check_documents(base, folder):
     batch = data.collate([piece])
     assert batch["cu_seqlens"].tolist() == [0, 50]  # attention and positions cross documents
     assert batch["position_ids"].tolist() == list(range(50))
-
-
-def test_documents_are_joined_and_cut(patched, demo, tmp_path):
-    in_patched(patched["fast_math_r1"], check_documents, str(demo / "base"), str(tmp_path))
 
 
 def test_stage_1_trains_as_the_original(demo, tokenizer, tmp_path):
@@ -281,15 +274,8 @@ def check_log_probs_of_open_rs(base, folder):
     assert [p.answers[0] for p in problems.problems] == ["8", "We do not know it yet."]
 
 
-def test_stage_2(patched, demo, tmp_path):
-    base = str(demo / "base")
-    said = in_patched(patched["fast_math_r1"], check_groups_of_fast_math, base, str(tmp_path))
-    assert "2.0 steps per epoch" in said and "4.0 steps per epoch" in said
-    in_patched(patched["open_rs"], check_log_probs_of_open_rs, base, str(tmp_path))
-
-
 # --------------------------------------------------------------------------------------------------
-# Flags
+# Flags, and all of it together
 # --------------------------------------------------------------------------------------------------
 def check_flags_of_grpo(lines, folder):
     import json
@@ -310,30 +296,49 @@ def faithful(script, stage, folder):
     return command((*script, "--faithful"), stage, RUN=str(folder / "run"))
 
 
-def test_faithful_flags(patched, tmp_path):
-    configs = {}
-    for name, scripts in (("fast_math_r1", (R1, NEMOTRON, QWEN3)), ("open_rs", (RS1, RS2, RS3))):
-        lines = [faithful(script, "grpo", tmp_path / script[1]) for script in scripts]
-        in_patched(patched[name], check_flags_of_grpo, lines, str(tmp_path))
-        loaded = json.loads((tmp_path / "configs.json").read_text())
-        configs |= dict(zip(scripts, loaded, strict=True))
-    for script, theirs in configs.items():
-        ours = vars(parse(GRPOConfig, command(script, "grpo")))
-        assert theirs["rollout_is_cap"] == 0 != ours["rollout_is_cap"]
-        assert theirs["output_dir"] != ours["output_dir"]
-        for name in ("num_prompts_per_step", "num_generations", "learning_rate", "beta",
-                     "max_steps", "temperature", "reward_funcs", "loss_type"):
-            assert ours[name] == theirs[name], f"--faithful must not change {name}"
-        evaluation = faithful(script, "evaluate", tmp_path / script[1])
-        assert theirs["output_dir"] + "/final" in parse(EvalConfig, evaluation).model
-    assert [c["cosine_max_length"] for c in configs.values()] == [30000, 48000, 48000, *[3584] * 3]
-    assert [configs[s]["lr_horizon"] for s in (R1, NEMOTRON, QWEN3)] == [101, 203, -1]
-    assert [configs[s]["train_fraction"] for s in (R1, NEMOTRON, QWEN3)] == [0.5, 1, 1]
-    assert [configs[s]["max_model_length"] for s in (R1, NEMOTRON)] == [16384, 24000]
-    assert configs[RS1]["answer_column"] == "solution"
-    line = faithful(R1, "sft", tmp_path / "r1")
-    for flags in ("--loss_on all", "--lr_horizon 780 --max_steps 350", "--num_train_epochs 20"):
-        assert flags in " ".join(line)
+def compare_flags(script, theirs, folder):
+    """theirs: the config of --faithful."""
+    ours = vars(parse(GRPOConfig, command(script, "grpo")))
+    assert theirs["rollout_is_cap"] == 0 != ours["rollout_is_cap"]
+    assert theirs["output_dir"] != ours["output_dir"]
+    for name in ("num_prompts_per_step", "num_generations", "learning_rate", "beta", "max_steps",
+                 "temperature", "reward_funcs", "loss_type"):
+        assert ours[name] == theirs[name], f"--faithful must not change {name}"
+    evaluation = faithful(script, "evaluate", folder / script[1])
+    assert theirs["output_dir"] + "/final" in parse(EvalConfig, evaluation).model
+
+
+def test_fast_math(patched, demo, tmp_path):
+    scripts, base, folder = (R1, NEMOTRON, QWEN3), str(demo / "base"), str(tmp_path)
+    lines = [faithful(script, "grpo", tmp_path / script[1]) for script in scripts]
+    said = in_patched(
+        patched["fast_math_r1"], (check_rewards_of_fast_math,), (check_documents, base, folder),
+        (check_flags_of_grpo, lines, folder), (check_groups_of_fast_math, base, folder))
+    assert "2.0 steps per epoch" in said and "4.0 steps per epoch" in said
+    configs = json.loads((tmp_path / "configs.json").read_text())
+    for script, config in zip(scripts, configs, strict=True):
+        compare_flags(script, config, tmp_path)
+    assert [config["cosine_max_length"] for config in configs] == [30000, 48000, 48000]
+    assert [config["lr_horizon"] for config in configs] == [101, 203, -1]
+    assert [config["train_fraction"] for config in configs] == [0.5, 1, 1]
+    assert [config["max_model_length"] for config in configs] == [16384, 24000, 24512]
+    line = " ".join(faithful(R1, "sft", tmp_path / "r1"))
+    for flags in ("--loss_on all", "--num_train_epochs 20", "--lr_horizon 780 --max_steps 350"):
+        assert flags in line
+
+
+def test_open_rs(patched, demo, tmp_path):
+    scripts, base, folder = (RS1, RS2, RS3), str(demo / "base"), str(tmp_path)
+    lines = [faithful(script, "grpo", tmp_path / script[1]) for script in scripts]
+    in_patched(
+        patched["open_rs"], (check_rewards_of_open_rs,), (check_flags_of_grpo, lines, folder),
+        (check_log_probs_of_open_rs, base, folder))
+    configs = json.loads((tmp_path / "configs.json").read_text())
+    for script, config in zip(scripts, configs, strict=True):
+        compare_flags(script, config, tmp_path)
+        assert (config["cosine_max_length"], config["answer_column"]) == (3584, "solution")
+    evaluation = parse(EvalConfig, faithful(RS3, "evaluate", tmp_path / "rs3"))
+    assert (evaluation.prompt_style, evaluation.num_samples) == ("lighteval", 1)
 
 
 # --------------------------------------------------------------------------------------------------
