@@ -1,9 +1,8 @@
-"""train_grpo.py end to end: real vLLM, two torchrun ranks, kills, stale weights, refusals."""
+"""train_grpo.py end to end: real vLLM, two torchrun ranks, kills, refusals."""
 
 import contextlib
 import json
 import math
-import re
 import signal
 import sys
 import time
@@ -162,48 +161,6 @@ def test_a_killed_trainer_leaves_no_engine_and_resumes(tmp_path, demo):
             assert rows == before[step]
 
 
-def test_a_stale_engine_is_caught(tmp_path, demo):
-    """The probe of sync_weights against an engine that skips the reload, and against one that has honest news."""
-    script = tmp_path / "stale.py"
-    script.write_text(f"""
-import sys, numpy, torch
-sys.path.insert(0, {str(ROOT)!r})
-from data import collate
-from model import RankFailure, exit_process, load_policy, named_weights, setup_distributed
-from rollout import Engine, sync_weights
-if __name__ == "__main__":
-    ctx = setup_distributed(5)
-    model = load_policy({str(demo / "base")!r}, ctx)
-    engine = Engine({str(demo / "base")!r}, max_model_len=128, dtype="float32",
-                    log_file={str(tmp_path / "engine.log")!r})
-    ids = list(range(10, 60))
-    batch = collate([{{"ids": numpy.array(ids), "mask": numpy.ones(50)}}])
-    folder, load = {str(tmp_path / "sync")!r}, engine.load_weights
-    probe = dict(token_ids=ids, batch=batch, tolerance=1e-3)
-    probe = sync_weights(model, engine, ctx, folder, 0, probe)
-    cases = ((1e-2, "skipped"), (1e-5, "skipped"), (0.0, "unchanged"), (1e-2, "honest"), (1e-5, "honest"))
-    for version, (size, case) in enumerate(cases, 1):
-        with torch.no_grad():
-            for _, parameter in named_weights(model):
-                parameter.to_local().add_(size * torch.randn_like(parameter.to_local()))
-        engine.load_weights = load if case != "skipped" else lambda folder, version: None
-        try:
-            probe = sync_weights(model, engine, ctx, folder, version, probe)
-            print(case, size, "accepted", probe["gap"] < 1e-4, flush=True)
-        except RankFailure as error:
-            print(case, size, "caught", str(error)[:400], flush=True)
-    engine.close()
-    exit_process(0)
-""")
-    done = run(sys.executable, script)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.strip().splitlines()
-    assert [" ".join(line.split()[:3]) for line in lines] == [
-        "skipped 0.01 caught", "skipped 1e-05 caught", "unchanged 0.0 accepted", "honest 0.01 accepted",
-        "honest 1e-05 accepted"], done.stdout
-    assert re.search(r"mean probe log-prob -\d.* in the engine, -\d.* in the trainer", lines[0])
-
-
 def test_beta_iterations_and_cut_off_sampling_run(tmp_path, demo):
     """The options together: reference model, two iterations, sequence ratios, masked truncation, top_p and min_p."""
     output = tmp_path / "run"
@@ -213,8 +170,8 @@ def test_beta_iterations_and_cut_off_sampling_run(tmp_path, demo):
         importance_sampling_level="sequence", loss_type="dapo",
         scale_rewards="batch", mask_truncated_completions="True", top_p=0.9, min_p=0.05, temperature=0.8,
         reward_funcs="format,cosine,length,repetition,soft_overlong",
-        num_prompts_per_step=3, num_generations=3, max_steps=2, max_completion_length=200,
-        max_tokens_per_microbatch=328))
+        num_prompts_per_step=3, num_generations=3, max_steps=2, max_completion_length=400,
+        max_tokens_per_microbatch=528))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "weights up to 2.0" in done.stdout
     rows = metrics(output)
