@@ -168,10 +168,10 @@ def test_beta_iterations_and_cut_off_sampling_run(tmp_path, demo):
     done = torchrun("train_grpo.py", *flags(
         demo, output, dataset=tmp_path / "two.jsonl", beta=0.04, num_iterations=2,
         importance_sampling_level="sequence", loss_type="dapo",
-        scale_rewards="batch", mask_truncated_completions="True", top_p=0.9, min_p=0.05, temperature=0.8,
+        scale_rewards="batch", mask_truncated_completions="True", top_p=0.95, min_p=0.01, temperature=1.2,
         reward_funcs="format,cosine,length,repetition,soft_overlong",
-        num_prompts_per_step=3, num_generations=3, max_steps=2, max_completion_length=400,
-        max_tokens_per_microbatch=528))
+        num_prompts_per_step=3, num_generations=3, max_steps=2, max_completion_length=200,
+        max_tokens_per_microbatch=328))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "weights up to 2.0" in done.stdout
     rows = metrics(output)
