@@ -365,27 +365,29 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, chunk_size=2048):
     return ChunkedLogprobs.apply(hidden, weight, targets, temperature, chunk_size)
 
 
-def policy_forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, targets, temperature=1.0):
+def policy_forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, targets, temperature=1.0,
+                   vocab_size=None):
     """
     The model's forward on one pack: log-prob and entropy of every target.
 
     input_ids, position_ids, targets (T,) int64; cu_seqlens (D + 1,) int32; max_seqlen int, at least
     the longest document. Returns logprobs (T,), entropy (T,). Positions restart at 0 in every
-    document; targets[t] is the token after input_ids[t] in the same document.
+    document; targets[t] is the token after input_ids[t] in the same document. vocab_size: ids from
+    it on are padding that the sampler never draws; they are left out of the softmax, too.
     """
     hidden = self.model(
         input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False,
         cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
     ).last_hidden_state[0]  # (T, h)
     if self.lm_head is None:  # tied: the embedding is the head
-        weight = self.model.embed_tokens.weight
+        weight = self.model.embed_tokens.weight[:vocab_size]
         return token_logprobs(hidden, weight, targets, temperature, self.head_chunk_size)
-    return self.lm_head(hidden, targets, temperature, self.head_chunk_size)
+    return self.lm_head(hidden, targets, temperature, self.head_chunk_size, vocab_size)
 
 
-def head_forward(self, hidden, targets, temperature, chunk_size):
+def head_forward(self, hidden, targets, temperature, chunk_size, vocab_size):
     """lm_head as a unit of FSDP: its hooks gather the weight once, and all chunks use it."""
-    return token_logprobs(hidden, self.weight, targets, temperature, chunk_size)
+    return token_logprobs(hidden, self.weight[:vocab_size], targets, temperature, chunk_size)
 
 
 # --------------------------------------------------------------------------------------------------

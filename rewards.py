@@ -508,8 +508,6 @@ REWRITES = r"""
     ½ -> \\frac12   and its like
     ¼ -> \\frac14   ...
     ¾ -> \\frac34   ...
-    ⅓ -> \\frac13   ...
-    ⅔ -> \\frac23   ...
     ∛ -> \\sqrt[3]   cube root
     … -> \\dots~   no three periods
     [⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+ -> ^{\g<0>}   raised digits
@@ -518,8 +516,6 @@ REWRITES = r"""
     \\[hv]space\*? *\{[^{}]*\}|\\[hv]?phantom *(?:\{[^{}]*\}|.) -> ~   layout
     \\begin *\{[pbB]?(?:small)?(?:matrix|array)\}(?: *\{[clr| ]*\})? -> \\matrix\\row~   brackets
     (?:\\\\ *)?\\end *\{[pbB]?(?:small)?(?:matrix|array)\} -> \\endrow\\endmatrix~   in them
-    \\begin *\{vmatrix\} -> \\determinant\\row~   the same
-    (?:\\\\ *)?\\end *\{vmatrix\} -> \\endrow\\enddeterminant~   the same
     \\\\(?: *\[[0-9.]* *[a-z]{2}\])? -> \\endrow,\\row~   also \\[2pt]
     (?<!\\)& -> ,   between the entries of a row
     \\lg(?![a-z]) -> \\log_{10}    log is natural
@@ -540,7 +536,6 @@ REWRITES = r"""
     < *= -> \\le~   as typed
     > *= -> \\ge~   as typed
     \*\* -> ^   as typed
-    \b(?:np|math|sympy)\.(?=[a-z]) ->     np.sqrt
     ([0-9.]) *[xX] *(?=10 *\^) -> \1*   3x10^8
     (?<=[0-9]) *(?:\\(?:text|mbox) *\{ *)?million\b *\}? -> *10^6~   5 million
     \{([^{}]*)\\over(?![a-z])([^{}]*)\} -> \\frac{\1}{\2}   {a \over b}
@@ -648,12 +643,8 @@ def styled(command, content):
     return tokenise(content.rstrip(" .\\"), prose=not formula and command not in SYMBOL_FONTS)
 
 
-def singular(word):
-    return word.lower().removesuffix("s")
-
-
 def unit_name(word):
-    return UNITS.get(word.lower()) or UNITS.get(singular(word))
+    return UNITS.get(word.lower()) or UNITS.get(word.lower().removesuffix("s"))
 
 
 def letters(run, before):
@@ -663,7 +654,7 @@ def letters(run, before):
     after_value = before[0] in DIGITS | {'"'} or before[-1] in ")}%°/"
     if run.lower() in SIGNS and (run.lower() != "to" or after_value):
         return [SIGNS[run.lower()]]
-    is_unit = len(run) > 1 and (unit_name(run) or singular(run) in TYPED_UNITS)
+    is_unit = len(run) > 1 and (unit_name(run) or run.lower().removesuffix("s") in TYPED_UNITS)
     if is_unit and (after_value or before[0] == "$" and len(run) > 3):
         return [f'"{run}']
     if found := re.fullmatch("(arcsin|arccos|arctan|sin|cos|tan|ln|log|pi)([A-Za-z]{1,2})", run):
@@ -680,8 +671,8 @@ BINDING = {token: n for n, tokens in enumerate(LEVELS, 1) for token in tokens.sp
 RELATION, UNION, RATIO, SUM, PRODUCT, POWER, UNIT = range(1, 8)
 BRACKETS = {(opening, closing): style for opening, closing, style in map(str.split, r"""
     ( ) (); [ ] []; { } {}; [ ) [); ( ] (]; \{ \} set; | | abs; \langle \rangle <>;
-    \lfloor \rfloor floor; \lceil \rceil ceil; \row \endrow row; \matrix \endmatrix matrix;
-    \determinant \enddeterminant determinant""".split(";"))}
+    \lfloor \rfloor floor; \lceil \rceil ceil; \row \endrow row; \matrix \endmatrix matrix
+    """.split(";"))}
 OPENING = {opening for opening, _ in BRACKETS}
 CLOSING = {closing for _, closing in BRACKETS} - {"|"} | {""}
 ENDS = CLOSING | set(LEVELS[0].split()) | {",", ";"}
@@ -1309,7 +1300,7 @@ class Worker:
     def exchange(self, question, timeout):
         for _ in range(2):  # killed from outside?  A fresh process tries again.
             try:
-                if self.process is None or self.process.poll() is not None:
+                if self.process is None:
                     self.start()
                 self.connection.send_bytes(question)
                 if self.connection.poll(timeout):
@@ -1342,10 +1333,8 @@ class Worker:
     def kill(self):
         if self.process is None:
             return
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it is gone already
+        # Nobody has waited for it yet, so even a dead one keeps its number from other processes.
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.process = None
         self.connection.close()

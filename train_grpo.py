@@ -50,7 +50,8 @@ from data import (
     stop_token_id, system_prompt_text)
 from model import (
     RunLog, Stopped, check_common_flags, check_flags, clip_gradients, describe_memory, flag,
-    flops_per_pack, folder_hash, gather_objects, generation_config, last_checkpoint, load_checkpoint, load_config,
+    flops_per_pack, folder_hash, gather_objects, generation_config, last_checkpoint,
+    load_checkpoint, load_config,
     load_policy, load_tokenizer, make_schedule, max_over_ranks, model_folder,
     nothing_left_to_train, open_run, peak_flops, peak_memory_gb, raise_on_all_ranks, run_main,
     save_checkpoint, save_hf, schedule_horizon, setup_distributed, shutdown_distributed,
@@ -264,6 +265,7 @@ def main(cfg):
     model_config = load_config(folder)
     tokenizer = load_tokenizer(folder)
     set_chat_template(tokenizer, cfg.chat_template)
+    vocab_size = max(tokenizer.get_vocab().values()) + 1  # what lies beyond pads the embedding
     longest = cfg.max_prompt_length + cfg.max_completion_length
     check_lengths(tokenizer, model_config, longest)
     train = read_problems(cfg.dataset, tokenizer, cfg, ctx)
@@ -285,7 +287,7 @@ def main(cfg):
     # --------------------------------------------------------------------------- engines and model
     run = open_run(ctx, cfg, {"model": folder_hash(folder), "data": train.content_hash,
                               "prompts per step": cfg.num_prompts_per_step})
-    engine = start_engine(cfg, ctx, layout, folder, tokenizer, problems[0].prompt_ids)
+    engine = start_engine(cfg, ctx, layout, folder, vocab_size, problems[0].prompt_ids)
     torch.manual_seed(cfg.seed)
     model = load_policy(folder, ctx, activation_checkpointing=cfg.activation_checkpointing,
                         compile_blocks=cfg.compile)
@@ -344,14 +346,14 @@ def main(cfg):
             if reference is not None:
                 with timed(times, "reference"), torch.no_grad():
                     for batch in batches:
-                        batch["ref_logprobs"], _ = policy_logprobs(reference, batch, cfg)
+                        batch["ref_logprobs"], _ = policy_logprobs(reference, batch, cfg, vocab_size)
 
             # ====================================================== 6. update
             with timed(times, "update"):
                 for _ in range(cfg.num_iterations):
                     sums = Counter()  # of this pass over the batch; the last pass is logged
                     for batch in batches:
-                        logprobs, entropy = policy_logprobs(model, batch, cfg)  # (T,), (T,)
+                        logprobs, entropy = policy_logprobs(model, batch, cfg, vocab_size)  # (T,), (T,)
                         # In the first pass the policy is the one that sampled: its log-probs are
                         # the old ones, and no forward of their own is needed.
                         batch.setdefault("old_logprobs", logprobs.detach())
@@ -495,9 +497,8 @@ def score_group(problem, completions, cfg, tokenizer):
     """Decode and score one group; rewards.py sees texts and lengths, never token ids."""
     started = time.perf_counter()
     texts = [completion_text(tokenizer, c) for c in completions]
-    scored = rewards_for_group(
-        texts, problem.answers[0], cfg, lengths=[len(c.token_ids) for c in completions],
-        truncated=[c.finish_reason == "length" for c in completions])
+    lengths = [len(c.token_ids) for c in completions]
+    scored = rewards_for_group(texts, problem.answers[0], cfg, lengths)
     return Group(problem, completions, texts, scored, time.perf_counter() - started)
 
 
@@ -527,9 +528,10 @@ def token_rows(groups, advantages, token_weights):
     return rows
 
 
-def policy_logprobs(model, batch, cfg):
+def policy_logprobs(model, batch, cfg, vocab_size):
     """(logprobs, entropy), both (T,), of a micro-batch, at the temperature that sampled it."""
-    return model(**{name: batch[name] for name in MODEL_INPUTS}, temperature=cfg.temperature)
+    inputs = {name: batch[name] for name in MODEL_INPUTS}
+    return model(**inputs, temperature=cfg.temperature, vocab_size=vocab_size)
 
 
 def make_probe(problems, longest, ctx, cfg):
@@ -556,13 +558,14 @@ def dtype_name(ctx):
     return str(ctx.compute_dtype).removeprefix("torch.")
 
 
-def start_engine(cfg, ctx, layout, folder, tokenizer, prompt_ids):
+def start_engine(cfg, ctx, layout, folder, vocab_size, prompt_ids):
     """This rank's engine, or None where a neighbour owns it; it starts while the model loads."""
     engine = None
     if layout.owns_engine:
         engine = Engine(
             folder, max_model_len=cfg.max_prompt_length + cfg.max_completion_length + 1,
-            dtype=dtype_name(ctx), vocab_size=len(tokenizer), request_timeout=cfg.request_timeout,
+            dtype=dtype_name(ctx), vocab_size=vocab_size,
+            request_timeout=cfg.request_timeout,
             tensor_parallel_size=cfg.tensor_parallel_size,
             devices=layout.devices if ctx.device.type == "cuda" else None,
             gpu_memory_utilization=cfg.gpu_memory_utilization, max_num_seqs=cfg.max_num_seqs,

@@ -36,7 +36,8 @@ from data import (
     set_chat_template, steps_of_epoch, stop_token_id, system_prompt_text)
 from model import (
     RunLog, Stopped, check_common_flags, check_flags, clip_gradients, describe_memory, flag,
-    flops_per_pack, folder_hash, generation_config, last_checkpoint, load_checkpoint, load_config, load_policy,
+    flops_per_pack, folder_hash, generation_config, last_checkpoint, load_checkpoint, load_config,
+    load_policy,
     load_tokenizer, make_schedule, max_over_ranks, model_folder, nothing_left_to_train, open_run,
     parameter_count, peak_flops, peak_memory_gb, raise_on_all_ranks, run_main, save_checkpoint,
     save_hf, schedule_horizon, setup_distributed, shutdown_distributed, stop_on_signal,

@@ -82,7 +82,7 @@ EQUAL = {
         x_{0}+\rho_1 == \rho_{1}+x_0""",
     "functions": r"""
         \sin^2 x == 1-\cos^2 x == (\sin x)^2 == \sin^{2}(x) == sin(x)^2
-        \tan^{-1} 1 == \frac{\pi}{4} == \arctan(1) == np.arctan(1)
+        \tan^{-1} 1 == \frac{\pi}{4} == \arctan(1) == arctan(1)
         \log_2 8 == 3
         \ln\sqrt{x} == \frac12\ln x
         \log_{10} 250 == \frac{\ln 250}{\ln 10}
@@ -250,7 +250,7 @@ UNEQUAL = {
         x>3 != (3,\infty); x>3 != x\ge 3; x>3 != x<3; x>3 != 3; y=2x+3 != y=2x-3
         y=2x+3 != 2t+3; x=5 != y=5
         2x+z=1 != 1; x+y=5 != 5
-        x^2+121=0 != x^2+121=1; f(x)=x != f(x)=2x; x_1=1 != x_2=1; 0=0 != 1=1
+        x^2+121=0 != x^2+121=1; f(x)=x != f(x)=2x; x_1=1 != x_2=1; 0=0 != 1=1; 2=4 != 1=3
         m a + b v = f != m a + b v""",
     "expressions": r"""
         x^2 != x^3; x+1 != x-1; 2x != 2y; \sin x != \cos x; \sqrt{3} != \sqrt{5}

@@ -15,10 +15,10 @@ from conftest import ROOT, read_rows, run, start, torchrun, wait_for
 
 import train_grpo
 
-LENGTH_REWARD = '''
-def short(completion, answer):
-    """1 for an empty answer, 0 from 40 characters on: something a random model can learn within a few steps."""
-    return max(0.0, 1 - len(completion) / 40)
+DIGITS_REWARD = '''
+def digits(completion, answer):
+    """Ten times the share of digits, at most 1: something a random model can learn within a few steps."""
+    return min(1.0, 10 * sum(c in "0123456789" for c in completion) / max(1, len(completion)))
 '''
 
 
@@ -26,14 +26,14 @@ def flags(demo, output, **options):
     options = {"model_name_or_path": demo / "base", "dataset": demo / "rl.jsonl", "system_prompt": "none", "output_dir": output,
                "max_prompt_length": 128, "max_completion_length": 24, "num_prompts_per_step": 4, "num_generations": 4,
                "max_steps": 4, "learning_rate": "2e-3", "beta": 0, "top_p": 1, "min_p": 0,
-               "reward_funcs": f"{demo / 'reward.py'}:short", "activation_checkpointing": "none",
+               "reward_funcs": f"{demo / 'reward.py'}:digits", "activation_checkpointing": "none",
                "save_steps": 2, "sync_dir": output.parent, **options}
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def reward_file(demo):
-    (demo / "reward.py").write_text(LENGTH_REWARD)
+    (demo / "reward.py").write_text(DIGITS_REWARD)
 
 
 def metrics(output):
@@ -68,11 +68,10 @@ def learned(tmp_path_factory, demo):
 def test_the_reward_rises_and_everything_is_logged(learned):
     rows = metrics(learned)
     assert [row["step"] for row in rows] == list(range(1, 13))
-    first, last = (np.mean([row["reward/short"] for row in rows[i:i + 3]]) for i in (0, 9))
+    first, last = (np.mean([row["reward/digits"] for row in rows[i:i + 3]]) for i in (0, 9))
     assert last > first + 0.15
-    assert rows[-1]["completions/mean_length"] < rows[0]["completions/mean_length"]
     expected = {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "peak_memory_gb", "reward/total",
-                "completions/truncated", "update/clip_low", "update/clip_high", "update/kl", "sync/seconds",
+                "completions/truncated", "update/clip_low", "update/clip_high", "sync/seconds",
                 "sync/logprob_gap", "time/rollout", "time/update", "time/sync"}
     assert expected <= set(rows[0]) and "eval/pass@1" in rows[-1]
     for row in rows:  # on policy, without cut-off sampling: engine and trainer agree, the ratio is one
@@ -94,7 +93,8 @@ def test_every_completion_is_stored_and_no_prompt_is_repeated_or_skipped(learned
                 assert len(c[name]) == c["length"]
             assert c["logprobs"] == pytest.approx(c["rollout_logprobs"], abs=2e-4) and min(c["entropy"]) > 0
             assert c["weight"] == 1 / c["length"]
-            assert c["reward"] == c["rewards"]["short"] == max(0.0, 1 - len(c["text"]) / 40)
+            share = sum(character in "0123456789" for character in c["text"]) / max(1, len(c["text"]))
+            assert c["reward"] == c["rewards"]["digits"] == pytest.approx(min(1.0, 10 * share))
         groups = [[c for c in completions if c["prompt_index"] == p] for p in range(4)]
         for group in groups:
             assert len({c["row"] for c in group}) == 1 and [c["sample_index"] for c in group] == [0, 1, 2, 3]
