@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ import pytest
 import torch
 from conftest import ROOT, run, wait_for
 
-import rewards
 from model import (
     RankFailure,
     checkpoint_folder,
@@ -529,26 +527,6 @@ def test_damaged_weights_never_reach_a_sample_and_engines_listen_on_loopback_onl
         assert reason in said[fault] and "\n" not in said[fault], said[fault]
     assert said["restarts"] == 0  # the disk's fault: restarts would cost minutes and cure nothing
     assert all(ip in ("127.0.0.1", "::1") for _, ip in said["sockets"]), said["sockets"]
-
-
-def test_a_killed_grading_worker_costs_one_item(tmp_path):
-    (tmp_path / "slow.py").write_text(
-        "import time\n\ndef slow(completion, answer):\n"
-        "    time.sleep(0.2)\n    return float(completion)\n")
-    with rewards.WorkerPool(f"{tmp_path / 'slow.py'}:slow", workers=2, timeout=20) as pool:
-        found = []
-        items = [(str(i), "") for i in range(12)]
-        thread = threading.Thread(target=lambda: found.extend(pool.map(items)))
-        thread.start()
-        victims, deadline = [], time.monotonic() + 60
-        while not victims and time.monotonic() < deadline:
-            victims = [child for child in psutil.Process().children()
-                       if any("slow.py:slow" in part for part in child.cmdline())]
-        time.sleep(1.0)
-        victims[0].kill()
-        thread.join(60)
-    assert len(found) == 12 and sum(outcome != "done" for outcome, _ in found) <= 1
-    assert all(value == i for i, (outcome, value) in enumerate(found) if outcome == "done")
 
 
 def test_nothing_in_a_model_folder_is_executed(tmp_path, demo, ctx):
