@@ -4,7 +4,9 @@
 #   bash recipes/fast_math.sh r1|nemotron|qwen3 [--faithful] [STAGE [flags]]
 #
 # Hardware   one machine with 8 x H200 (141 GB). 1, 2, 4, 16, 32 or 64 GPUs keep the same batch.
-#            On 80 GB: --activation_checkpointing full, and for stage 2 --vllm_sleep true as well.
+# Memory     traced (--dry_run --ranks 8), GB per GPU: stage 1 66; stage 2 61 (r1) to 70 (nemotron)
+#            and 45 for vLLM. On 80 GB cards use --activation_checkpointing full (54 in stage 1), in
+#            stage 2 --vllm_sleep true as well (52 to 58).
 # Hours      build 1 on 16 cores (estimate). Here is projected, not measured:
 #            r1 stage 1    published 10         here 4.0 to 5.3 for 10 epochs
 #            r1 stage 2    published 10 to 16   here 1.9 to 2.3 for 50 steps

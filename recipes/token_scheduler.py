@@ -133,7 +133,7 @@ def predict(args):
 
 
 def token_limit_table(path):
-    """{problem text: limit} of a file that predict has written; DataError shows a malformed entry."""
+    """{problem text: limit} of a file that predict has written; raises DataError."""
     table = {row.get("problem"): row.get("token_limit") for row in read_jsonl(path)}
     for problem, limit in table.items():
         if not isinstance(problem, str) or not isinstance(limit, int) or limit < 1:

@@ -260,7 +260,7 @@ def check_log_probs_of_open_rs(base, folder):
     # [22] the temperature of sampling does not reach the log-probs, and the gap ends no run
     cfg = train_grpo.GRPOConfig(temperature=0.7)
     batch = dict.fromkeys(MODEL_INPUTS)
-    seen = train_grpo.policy_logprobs(lambda **inputs: inputs, batch, cfg)
+    seen = train_grpo.policy_logprobs(lambda **inputs: inputs, batch, cfg, 10)
     assert seen.get("temperature", 1) == 1
     metrics = {"reward/missing": 0, "rollout/logprob_gap": 0.5, "rollout/off_by_10_percent": 0.5}
     assert train_grpo.check_step(metrics, 0, 0.1, SimpleNamespace(is_main=False)) == 0
@@ -357,9 +357,12 @@ def test_a_patch_that_does_not_apply_is_refused(tmp_path):
 
 
 def test_a_faithful_run_keeps_the_code_it_ran(tmp_path):
-    """The second stage, and a resume, do not take a tree that has changed in the meantime."""
-    first = faithful(RS3, "grpo", tmp_path)
-    code = tmp_path / "run_faithful/code"
-    (code / "rewards.py").write_text("changed")
-    assert faithful(RS3, "grpo", tmp_path) == first
-    assert (code / "rewards.py").read_text() == "changed"
+    """In a checkout, as usual: a second stage, and a resume, take the code of the first."""
+    tree = copy_tree(tmp_path / "tree")
+    subprocess.run(["git", "init", "-q"], cwd=tree, check=True)
+    for text in ((tree / "rewards.py").read_text(), "changed since"):
+        (tree / "rewards.py").write_text(text)
+        done = run("bash", tree / "recipes/open_rs.sh", "rs3", "--faithful", "grpo", LAUNCH="echo")
+        assert done.stdout.startswith("runs/open_rs3_faithful/code/train_grpo.py "), done.stderr
+        code = (tree / "runs/open_rs3_faithful/code/rewards.py").read_text()
+        assert "[30]" in code and code != text
