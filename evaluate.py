@@ -293,6 +293,7 @@ def draw_missing(cfg, ctx, layout, name, model_path, max_tokens):
         tensor_parallel_size=cfg.tensor_parallel_size,
         devices=layout.devices if ctx.device.type == "cuda" else None,
         gpu_memory_utilization=cfg.gpu_memory_utilization, max_num_seqs=cfg.max_num_seqs,
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
         log_file=str(folder / f"engine-{layout.index}.log"))
     prompts = [questions[benchmark, key].prompt_ids for benchmark, key, _ in mine]
     seeds = [[sampling_seed(cfg.seed, 0, f"{benchmark}/{key}", sample)]
