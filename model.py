@@ -84,14 +84,15 @@ class Dist:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
 
-def setup_distributed(timeout_minutes=30.0, shard_size=0):
+def setup_distributed(timeout_minutes=30.0, shard_size=0, needs_gpu=True):
     """
     Join the process group that torchrun describes; without torchrun, a world of one. Returns Dist.
 
     timeout_minutes: deadline of every wait between ranks; a collective of the mesh has the shorter
     of it and COLLECTIVE_TIMEOUT. shard_size: ranks that hold one copy of the weights between them;
     0 = all. A divisor of the world size gives hybrid sharding: shard inside a group (one machine,
-    where links are fast), replicate across groups.
+    where links are fast), replicate across groups. needs_gpu: whether a CUDA build of torch that
+    finds no GPU is an error (a plan needs none).
     Raises ValueError for flags or a GPU that cannot be used, RankFailure when a rank does not come.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -111,7 +112,7 @@ def setup_distributed(timeout_minutes=30.0, shard_size=0):
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    elif torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+    elif needs_gpu and torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         raise ValueError(f"torch {torch.__version__} is built for CUDA but can use no GPU here; "
                          "check the driver with nvidia-smi, or set CUDA_VISIBLE_DEVICES to the "
                          "empty string to compute on the CPU")
@@ -436,6 +437,11 @@ def folder_hash(folder):
                     file.seek(max(4096, size // 64) * i)
                     digest.update(file.read(4096))
     return digest.hexdigest()
+
+
+def text_hash(text):
+    """Hash of a string: 16 hexadecimal digits."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def stored_tensors(folder):

@@ -51,11 +51,10 @@ from data import (
 from model import (
     RunLog, Stopped, check_common_flags, check_flags, clip_gradients, describe_memory, flag,
     flops_per_pack, folder_hash, gather_objects, generation_config, last_checkpoint,
-    load_checkpoint, load_config,
-    load_policy, load_tokenizer, make_schedule, max_over_ranks, model_folder,
-    nothing_left_to_train, open_run, peak_flops, peak_memory_gb, raise_on_all_ranks, run_main,
-    save_checkpoint, save_hf, schedule_horizon, setup_distributed, shutdown_distributed,
-    stop_on_signal, sum_over_ranks, trace_memory, wait_for_all_ranks, write_atomically)
+    load_checkpoint, load_config, load_policy, load_tokenizer, make_schedule, max_over_ranks,
+    model_folder, nothing_left_to_train, open_run, peak_flops, peak_memory_gb, raise_on_all_ranks,
+    run_main, save_checkpoint, save_hf, schedule_horizon, setup_distributed, shutdown_distributed,
+    stop_on_signal, sum_over_ranks, text_hash, trace_memory, wait_for_all_ranks, write_atomically)
 from rewards import RewardOptions, check_reward_options, gold_answer, rewards_for_group
 from rollout import (
     PROBE_TOLERANCE, Engine, clean_sync_folder, completion_text, engine_layout, sampling_seed,
@@ -255,7 +254,7 @@ def grpo_loss(logprobs, batch, denominator, cfg):
 # --------------------------------------------------------------------------------------------------
 def main(cfg):
     check_config(cfg)
-    ctx = setup_distributed(cfg.timeout_minutes, cfg.shard_size)
+    ctx = setup_distributed(cfg.timeout_minutes, cfg.shard_size, needs_gpu=not cfg.dry_run)
     layout = engine_layout(ctx.rank, ctx.local_rank, ctx.world_size, ctx.local_world_size,
                            cfg.tensor_parallel_size)
     output_dir = Path(cfg.output_dir)
@@ -265,7 +264,7 @@ def main(cfg):
     model_config = load_config(folder)
     tokenizer = load_tokenizer(folder)
     set_chat_template(tokenizer, cfg.chat_template)
-    vocab_size = max(tokenizer.get_vocab().values()) + 1  # what lies beyond pads the embedding
+    vocab = max(tokenizer.get_vocab().values()) + 1  # what lies beyond pads the embedding
     longest = cfg.max_prompt_length + cfg.max_completion_length
     check_lengths(tokenizer, model_config, longest)
     train = read_problems(cfg.dataset, tokenizer, cfg, ctx)
@@ -285,9 +284,10 @@ def main(cfg):
         return
 
     # --------------------------------------------------------------------------- engines and model
-    run = open_run(ctx, cfg, {"model": folder_hash(folder), "data": train.content_hash,
-                              "prompts per step": cfg.num_prompts_per_step})
-    engine = start_engine(cfg, ctx, layout, folder, vocab_size, problems[0].prompt_ids)
+    run = open_run(ctx, cfg, {
+        "model": folder_hash(folder), "chat template": text_hash(tokenizer.chat_template),
+        "data": train.content_hash, "prompts per step": cfg.num_prompts_per_step})
+    engine = start_engine(cfg, ctx, layout, folder, vocab, problems[0].prompt_ids)
     torch.manual_seed(cfg.seed)
     model = load_policy(folder, ctx, activation_checkpointing=cfg.activation_checkpointing,
                         compile_blocks=cfg.compile)
@@ -346,14 +346,14 @@ def main(cfg):
             if reference is not None:
                 with timed(times, "reference"), torch.no_grad():
                     for batch in batches:
-                        batch["ref_logprobs"], _ = policy_logprobs(reference, batch, cfg, vocab_size)
+                        batch["ref_logprobs"], _ = policy_logprobs(reference, batch, cfg, vocab)
 
             # ====================================================== 6. update
             with timed(times, "update"):
                 for _ in range(cfg.num_iterations):
                     sums = Counter()  # of this pass over the batch; the last pass is logged
                     for batch in batches:
-                        logprobs, entropy = policy_logprobs(model, batch, cfg, vocab_size)  # (T,), (T,)
+                        logprobs, entropy = policy_logprobs(model, batch, cfg, vocab)  # (T,), (T,)
                         # In the first pass the policy is the one that sampled: its log-probs are
                         # the old ones, and no forward of their own is needed.
                         batch.setdefault("old_logprobs", logprobs.detach())

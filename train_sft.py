@@ -37,11 +37,10 @@ from data import (
 from model import (
     RunLog, Stopped, check_common_flags, check_flags, clip_gradients, describe_memory, flag,
     flops_per_pack, folder_hash, generation_config, last_checkpoint, load_checkpoint, load_config,
-    load_policy,
-    load_tokenizer, make_schedule, max_over_ranks, model_folder, nothing_left_to_train, open_run,
-    parameter_count, peak_flops, peak_memory_gb, raise_on_all_ranks, run_main, save_checkpoint,
-    save_hf, schedule_horizon, setup_distributed, shutdown_distributed, stop_on_signal,
-    sum_over_ranks, trace_memory, wait_for_all_ranks)
+    load_policy, load_tokenizer, make_schedule, max_over_ranks, model_folder, nothing_left_to_train,
+    open_run, parameter_count, peak_flops, peak_memory_gb, raise_on_all_ranks, run_main,
+    save_checkpoint, save_hf, schedule_horizon, setup_distributed, shutdown_distributed,
+    stop_on_signal, sum_over_ranks, text_hash, trace_memory, wait_for_all_ranks)
 
 
 @dataclass
@@ -105,7 +104,7 @@ def sft_loss(logprobs, mask, denominator):
 
 def main(cfg):
     check_config(cfg)
-    ctx = setup_distributed(cfg.timeout_minutes, cfg.shard_size)
+    ctx = setup_distributed(cfg.timeout_minutes, cfg.shard_size, needs_gpu=not cfg.dry_run)
     output_dir = Path(cfg.output_dir)
 
     # --------------------------------------------------------------------------- data and plan
@@ -140,8 +139,9 @@ def main(cfg):
         return
 
     # --------------------------------------------------------------------- model and optimizer
-    run = open_run(ctx, cfg, {"model": folder_hash(folder), "data": train.content_hash,
-                              "packs per step": packs_per_step})
+    run = open_run(ctx, cfg, {
+        "model": folder_hash(folder), "chat template": text_hash(tokenizer.chat_template),
+        "data": train.content_hash, "packs per step": packs_per_step})
     torch.manual_seed(cfg.seed)
     model = load_policy(folder, ctx, activation_checkpointing=cfg.activation_checkpointing,
                         compile_blocks=cfg.compile)

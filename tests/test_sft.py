@@ -93,6 +93,10 @@ def test_a_resume_refuses_other_data_and_weights_and_says_which_flags_changed(tm
     template.write_text(template.read_text() + "{# other #}")
     moved = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, model_name_or_path=model, **base), ranks=1)
     assert moved.returncode == 1 and "model" in moved.stderr and "Traceback" not in moved.stderr
+    jinja = tmp_path / "other.jinja"
+    jinja.write_text(template.read_text())
+    written = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, **base, chat_template=jinja), ranks=1)
+    assert written.returncode == 1 and "chat template: " in written.stderr
     batch = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, **base,
                                             gradient_accumulation_steps=5), ranks=1)
     assert batch.returncode == 1 and "packs per step" in batch.stderr
