@@ -525,7 +525,10 @@ def serve(descriptor, trainer_pid):
         llm = LLM(**settings["llm"])
         gc.enable()
         padding = padding_bias(llm, settings["vocab_size"])
-        score(llm, [0, 0])  # a model whose forward fails must not count as started
+        # A model whose forward fails must not count as started. Of 2 tokens only, the first forward
+        # in bf16 dies on a CPU with AMX: oneDNN asks for those registers from some 8 tokens on, and
+        # vLLM's attention uses them without asking.
+        score(llm, [0] * min(32, settings["llm"]["max_model_len"] - 1))
 
         answers = queue.SimpleQueue()
         answers.put("ready")
