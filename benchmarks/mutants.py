@@ -1,8 +1,8 @@
 """
 Break the code on purpose, one line at a time, in a copy of this checkout, and see the tests fail.
 
-    python benchmarks/mutants.py [--only WORD]     a table; SURVIVED, and exit status 1, where no
-                                                   test notices
+    python benchmarks/mutants.py [--only WORD ...]     a table; SURVIVED, and exit status 1,
+                                                       where no test notices
 
 A test that survives the mutation of what it claims to test is no test. Each mutant names the
 fastest tests that should notice. The last line of stdout is JSON.
@@ -151,9 +151,10 @@ def first_failure(copy, tests):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="mutants whose description holds this")
+    parser.add_argument("--only", nargs="+", default=[""],
+                        help="mutants whose description holds one of these words")
     args = parser.parse_args()
-    chosen = [mutant for mutant in MUTANTS if args.only in mutant[0]]
+    chosen = [mutant for mutant in MUTANTS if any(word in mutant[0] for word in args.only)]
     texts = [broken(*mutant[:4]) for mutant in chosen]
 
     survivors = []
