@@ -1258,6 +1258,9 @@ def check_common_flags(cfg):
         not_negative=("max_grad_norm", "weight_decay", "save_steps", "save_total_limit",
                       "shard_size"),
         shares=("warmup_ratio", "min_lr_rate", "adam_beta2"))
+    if cfg.ranks and not cfg.dry_run:
+        raise ValueError(f"--ranks {cfg.ranks} is for a --dry_run; torchrun's --nproc_per_node "
+                         "decides how many ranks train")
     if cfg.adam_beta2 == 1:
         raise ValueError("--adam_beta2 1.0 never forgets the first gradient; choose below 1")
     if cfg.report_to != "none" and importlib.util.find_spec(cfg.report_to) is None:

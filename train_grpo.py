@@ -9,26 +9,28 @@ One step, in the order of the code in main:
     1. prompts      the next P problems; their order is a function of (seed, epoch) alone
     2. rollout      vLLM samples G answers y_1..y_G to each of them from the current weights
     3. rewards      r_i = sum_k w_k * part_k(y_i): format, cosine, length ... (rewards.py)
-    4. advantages   A_i = (r_i - mean_G r) / (std_G r + 1e-4): better than its siblings, or worse
+    4. advantages   A_i = (r_i - mean_G r) / (std_G r + 1e-4): better than its siblings, or worse;
+                    weights m and N, and micro-batches of equal cost
     5. reference    log-probs of the frozen starting model, only if beta > 0
-    6. update       ratio_t = pi(y_t) / pi_old(y_t)
+    6. update       ratio_t = pi(y_t) / pi_old(y_t), pi_old: the first pass over the batch
                     KL_t = exp(ref_t - logp_t) - (ref_t - logp_t) - 1
                     L = sum_t m_t [-w_t min(ratio_t A, clip(ratio_t) A) + beta KL_t] / N
                     w_t = min(pi_old(y_t) / q(y_t), cap), q: what vLLM really sampled from
     7. publish      new weights to the engines, verified before anyone samples from them
     8. log, evaluate, save
 
-It is train_sft.py with a weight on every token: the same forward, the same packs, and the same
-single denominator N per optimizer step over all ranks. --loss_type only chooses m and N:
+It is train_sft.py with a weight on every token: the same forward, the same packed batches, and
+the same single denominator N per step over all ranks. --loss_type only chooses m and N:
 
-    grpo      m = 1/|y_i|, N = answers                       long answers have fainter tokens
+    grpo      m = 1/|y_i|, N = answers                       each token of a long answer counts less
     dapo      m = 1,       N = all tokens                    every token counts the same
-    dr_grpo   m = 1,       N = answers x max_completion_length      no length enters at all
+    dr_grpo   m = 1,       N = answers x max_completion_length    independent of their lengths
 
 There is no critic, no reward model and no replay. What the originals did differently is a patch
 against these files, hunk by hunk with the reason: recipes/originals/.
 
-Letters: P prompts, G answers per prompt, B = P x G answers, T tokens of a micro-batch. Every
+Letters: P prompts, G answers per prompt, B = P x G answers, S tokens of a prompt
+and its answer, T tokens of a micro-batch. Every
 per-token tensor of a micro-batch is (T,): position t holds what belongs to the token it predicts.
 """
 
@@ -60,7 +62,7 @@ from rollout import (
     PROBE_TOLERANCE, Engine, clean_sync_folder, completion_text, engine_layout, sampling_seed,
     sync_weights)
 
-COLUMNS = ("mask", "advantages", "rollout_logprobs")  # of a row, per token; see token_rows
+COLUMNS = ("mask", "advantages", "rollout_logprobs")  # per-token arrays of a row, see token_rows
 MAX_SHARE_WITHOUT_REWARD = 0.25  # of a step's answers: above it a reward function is broken
 MAX_SHARE_OFF = 0.2  # of the tokens may differ by 10% in probability between sampler and trainer
 STEPS_OFF = 3  # this many steps in a row beyond that end the run
@@ -78,13 +80,13 @@ class GRPOConfig(RewardOptions):  # the reward flags and their defaults are in r
     # Prompts and sampling
     system_prompt: str = flag("grpo", "sft, grpo, open_rs, open_rs3, none, or the text itself.")
     chat_template: str = flag("tokenizer", "tokenizer (its own), open_r1_roles, or a Jinja file.")
-    num_prompts_per_step: int = flag(16, "P: problems per optimizer step.")
+    num_prompts_per_step: int = flag(16, "P: problems per step.")
     num_generations: int = flag(8, "G: answers per problem.")
     max_prompt_length: int = flag(512, "Longer prompts are dropped at load time and counted.")
-    temperature: float = flag(1.0, "Of sampling; the trainer divides its logits by it, too.")
+    temperature: float = flag(1.0, "Of sampling; the trainer divides its logits by it alike.")
     top_p: float = flag(0.9, "Nucleus sampling; below 1 see rollout_is_cap.")
     min_p: float = flag(0.05, "Drop tokens below this share of the likeliest one's probability.")
-    dynamic_sampling_rounds: int = flag(0, "Times that groups of equal rewards are replaced.")
+    dynamic_sampling_rounds: int = flag(0, "Rounds of replacing groups of equal rewards.")
     # Objective
     loss_type: str = flag("grpo", "grpo, dapo or dr_grpo: see the head of this file.")
     scale_rewards: str = flag("group", "Divide advantages by the std of group, batch, or none.")
@@ -93,7 +95,7 @@ class GRPOConfig(RewardOptions):  # the reward flags and their defaults are in r
     epsilon_high: float = flag(0.2, "Clip of the ratio from above (DAPO: 0.28).")
     num_iterations: int = flag(1, "Optimizer steps per batch of rollouts.")
     importance_sampling_level: str = flag("token", "token, or sequence (GSPO).")
-    rollout_is_cap: float = flag(2.0, "Cap of the weight of sampler against trainer; 0: off.")
+    rollout_is_cap: float = flag(2.0, "Cap of the importance weight pi_old / q; 0: off.")
     mask_truncated_completions: bool = flag(False, "Leave answers cut for length out of the loss.")
     # Optimizer and schedule
     num_train_epochs: float = flag(1, "Passes over the problems.")
@@ -104,7 +106,7 @@ class GRPOConfig(RewardOptions):  # the reward flags and their defaults are in r
     min_lr_rate: float = flag(0.1, "Floor as a share of the peak, for cosine_with_min_lr.")
     warmup_ratio: float = flag(0.0, "Share of the horizon spent on linear warm-up.")
     weight_decay: float = flag(0.0, "AdamW's decoupled weight decay.")
-    adam_beta2: float = flag(0.999, "AdamW: memory of the gradient's square.")
+    adam_beta2: float = flag(0.999, "AdamW: decay of the mean squared gradient.")
     max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0 leaves it alone.")
     seed: int = flag(42, "Order of the problems and seeds of the samples.")
     # Machine
@@ -165,21 +167,22 @@ def group_advantages(rewards, scale_rewards="group", eps=1e-4):
     A_i = (r_i - mean of its group) / (std + eps); arXiv 2402.03300, section 4.1.2, unbiased std.
 
     rewards (P, G) float -> (P, G). scale_rewards: divide by the std of the "group", of the "batch",
-    or by "none" (Dr. GRPO, arXiv 2503.20783: the group's std favours problems that are almost
-    always or almost never solved). NaN is an answer without a reward: advantage 0, in no mean.
+    or not at all, "none" (Dr. GRPO, arXiv 2503.20783: the group's std favours problems that are
+    almost always or almost never solved). NaN is an answer without a reward: its advantage is 0.
     """
     known = ~rewards.isnan()
     count = known.sum(1, keepdim=True).clamp(min=1)  # (P, 1)
     mean = rewards.nan_to_num().sum(1, keepdim=True) / count  # (P, 1)
     centered = torch.where(known, rewards - mean, 0.0)  # (P, G)
-    # A group of equal rewards teaches nothing, but 1 / eps would blow up the rounding of its mean.
+    # A group of equal rewards teaches nothing, but dividing by eps would amplify its rounding.
     highest = torch.where(known, rewards, -math.inf).amax(1, keepdim=True)  # (P, 1)
     lowest = torch.where(known, rewards, math.inf).amin(1, keepdim=True)  # (P, 1)
     centered = torch.where(highest > lowest, centered, 0.0)
     if scale_rewards == "none":
         return centered
     if scale_rewards == "batch":
-        return centered / (rewards[known].std() + eps if known.sum() > 1 else 1.0)
+        std = rewards[known].std() if known.sum() > 1 else 0.0
+        return centered / (std + eps)
     variance = centered.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)  # (P, 1)
     return centered / (variance.sqrt() + eps)
 
@@ -206,22 +209,22 @@ def grpo_loss(logprobs, batch, denominator, cfg):
     The clipped surrogate with a KL term on one micro-batch; arXiv 2402.03300, eq. 3 and 4.
 
     logprobs (T,) of the policy, with gradient. batch: mask, advantages, rollout_logprobs,
-    old_logprobs, position_ids and, if cfg.beta, ref_logprobs, all (T,), none modified. Returns
+    old_logprobs, position_ids and, if cfg.beta, ref_logprobs, all (T,), left unmodified. Returns
     (loss, sums): a scalar, and floats added up over the tokens inside the mask.
     """
     mask, advantages = batch["mask"], batch["advantages"]
-    inside = (mask > 0).to(logprobs.dtype)  # (T,)
+    inside = (mask > 0).to(logprobs.dtype)  # (T,) 0 or 1, where mask is m_i, such as 1/|y_i|
     log_ratio = (logprobs - batch["old_logprobs"]) * inside  # log pi(y_t) / pi_old(y_t)
     if cfg.importance_sampling_level == "sequence":
-        # GSPO (arXiv 2507.18071, eq. 7): one ratio per answer, the geometric mean of its tokens'.
+        # GSPO (arXiv 2507.18071, eq. 7): one ratio per answer, the geometric mean over its tokens.
         answer = (batch["position_ids"] == 0).cumsum(0) - 1  # (T,) which document of the pack
         zeros = torch.zeros(len(answer), dtype=inside.dtype, device=inside.device)
         length = zeros.index_add(0, answer, inside).clamp(min=1)
         log_ratio = (zeros.index_add(0, answer, log_ratio) / length)[answer]
     ratio = log_ratio.exp()
 
-    # min(ratio A, clip(ratio) A): no gradient once the ratio has left the trust region, except
-    # back towards it. Without the min, a ratio that is already too large would be pushed further.
+    # min(ratio A, clip(ratio) A). Without the clip a ratio that is already too large would be
+    # pushed further; without the min one on the wrong side would get no gradient back.
     clipped = ratio.clamp(1 - cfg.epsilon, 1 + cfg.epsilon_high)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     if cfg.rollout_is_cap:
@@ -264,7 +267,7 @@ def main(cfg):
     model_config = load_config(folder)
     tokenizer = load_tokenizer(folder)
     set_chat_template(tokenizer, cfg.chat_template)
-    vocab = max(tokenizer.get_vocab().values()) + 1  # what lies beyond pads the embedding
+    vocab = max(tokenizer.get_vocab().values()) + 1  # higher ids are padding of the embedding
     longest = cfg.max_prompt_length + cfg.max_completion_length
     check_lengths(tokenizer, model_config, longest)
     train = read_problems(cfg.dataset, tokenizer, cfg, ctx)
@@ -274,7 +277,7 @@ def main(cfg):
     steps_per_epoch = len(problems) / cfg.num_prompts_per_step
     epoch_steps = max(1, math.ceil(cfg.num_train_epochs * steps_per_epoch))
     total_steps = cfg.max_steps if cfg.max_steps > 0 else epoch_steps
-    cfg.lr_horizon = schedule_horizon(cfg, total_steps)
+    cfg.lr_horizon = schedule_horizon(cfg, total_steps)  # resolved, for the plan and config.json
     max_tokens = cfg.max_tokens_per_microbatch or longest
     if ctx.is_main:
         print_plan(cfg, train, steps_per_epoch, total_steps, max_tokens, layout)
@@ -288,7 +291,6 @@ def main(cfg):
         "model": folder_hash(folder), "chat template": text_hash(tokenizer.chat_template),
         "data": train.content_hash, "prompts per step": cfg.num_prompts_per_step})
     engine = start_engine(cfg, ctx, layout, folder, vocab, problems[0].prompt_ids)
-    torch.manual_seed(cfg.seed)
     model = load_policy(folder, ctx, activation_checkpointing=cfg.activation_checkpointing,
                         compile_blocks=cfg.compile)
     reference = load_policy(folder, ctx, trainable=False) if cfg.beta else None
@@ -304,13 +306,13 @@ def main(cfg):
             raise ValueError(f"nothing to do: {run.checkpoint} has reached step {step} of "
                              f"{total_steps}; to go on raise --max_steps")
     log = RunLog(ctx, output_dir, asdict(cfg), total_steps, step, cfg.report_to)
-    sample = partial(sample_groups, engine, layout, ctx, tokenizer)
-    sync_folder = clean_sync_folder(cfg.sync_dir, output_dir, ctx)
+    sample = partial(sample_groups, engine, layout, ctx, tokenizer)  # (cfg, problems, places, step)
 
-    with sync_folder as published, stop_on_signal(ctx) as stop_requested:
-        # After --resume the engines still hold the starting weights.
+    with (clean_sync_folder(cfg.sync_dir, output_dir, ctx) as sync_folder,
+          stop_on_signal(ctx) as stop_requested):
+        # Before the first step, too: both sides must agree, and a resumed run has other weights.
         probe = make_probe(problems, longest, ctx, cfg)
-        probe = sync_weights(model, engine, ctx, published, step, probe)
+        probe = sync_weights(model, engine, ctx, sync_folder, step, probe)
         while step < total_steps:
             wait_for_all_ranks(ctx)
             started, times = time.perf_counter(), {}
@@ -340,6 +342,7 @@ def main(cfg):
             sizes = [len(row["ids"]) for row in rows]
             costs = [flops_per_pack(model_config, [size]) for size in sizes]
             mine = micro_batches(sizes, costs, ctx.world_size, max_tokens)[ctx.rank]
+            # collate shifts by one: position t holds what belongs to the token it predicts.
             batches = [collate([rows[i] for i in numbers], ctx.device, COLUMNS) for numbers in mine]
 
             # ====================================================== 5. reference
@@ -359,7 +362,7 @@ def main(cfg):
                         batch.setdefault("old_logprobs", logprobs.detach())
                         batch.setdefault("entropy", entropy)
                         loss, batch_sums = grpo_loss(logprobs, batch, denominator, cfg)
-                        loss.backward()  # gradients add up over micro-batches and over ranks
+                        loss.backward()  # adds up: over micro-batches here, over ranks in FSDP
                         sums.update(batch_sums)  # a Counter adds
                     sums = sum_over_ranks(ctx, sums)
                     grad_norm = clip_gradients(model, cfg.max_grad_norm)
@@ -376,7 +379,7 @@ def main(cfg):
 
             # ====================================================== 7. publish
             with timed(times, "sync"):
-                probe = sync_weights(model, engine, ctx, published, step, probe)
+                probe = sync_weights(model, engine, ctx, sync_folder, step, probe)
 
             # ====================================================== 8. log, evaluate, save
             metrics = {"step": step, "epoch": cursor / len(problems), "loss": sums["loss"],
@@ -417,7 +420,7 @@ def main(cfg):
 
 
 # --------------------------------------------------------------------------------------------------
-# Phases 1 to 6: what needs more than a line
+# Phases 1 to 7: what needs more than a line
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Group:
@@ -432,10 +435,10 @@ class Group:
 
 def collect_groups(sample, problems, cursor, step, cfg):
     """
-    P scored groups for one step, and the cursor after the prompts they took.
+    P scored groups for one step, and the next unused place in the data.
 
     With dynamic sampling (DAPO, arXiv 2503.14476) a group of equal rewards, whose advantages are
-    all 0, gives its place to a fresh prompt, for a few rounds.
+    all 0, is replaced by a new prompt; the last round keeps every group.
     """
     groups = []
     for rounds_left in range(cfg.dynamic_sampling_rounds, -1, -1):
@@ -450,7 +453,7 @@ def collect_groups(sample, problems, cursor, step, cfg):
 
 def prompts_at(problems, places, seed):
     """
-    The problems at some places of the endless sequence of epochs, each shuffled by (seed, epoch).
+    The problems at these places of the endless stream of epochs, each shuffled by (seed, epoch).
 
     The place alone decides, so that a resume repeats nothing and skips nothing.
     """
@@ -470,7 +473,7 @@ def epoch_order(count, epoch, seed):
 
 def sample_groups(engine, layout, ctx, tokenizer, cfg, problems, places, step):
     """
-    One scored Group per problem, on every rank; each engine takes every count-th problem.
+    One scored Group per problem, on every rank; engine k takes the problems k, k + count, ...
 
     A sample's seed is made of (seed, step, place of the prompt in the data, sample): a problem that
     occurs twice in a step gets different answers, and a restarted engine draws the same ones again.
@@ -531,11 +534,12 @@ def token_rows(groups, advantages, token_weights):
 def policy_logprobs(model, batch, cfg, vocab_size):
     """(logprobs, entropy), both (T,), of a micro-batch, at the temperature that sampled it."""
     inputs = {name: batch[name] for name in MODEL_INPUTS}
+    # model.policy_forward
     return model(**inputs, temperature=cfg.temperature, vocab_size=vocab_size)
 
 
 def make_probe(problems, longest, ctx, cfg):
-    """The text that both sides score after every weight sync: the first prompts, end to end."""
+    """The text that both sides score after every weight sync: the first prompts, concatenated."""
     token_ids = [token for problem in problems[:64] for token in problem.prompt_ids]
     token_ids = token_ids[:min(256, longest)]
     batch = collate([{"ids": np.array(token_ids)}], ctx.device, columns=())
@@ -559,7 +563,7 @@ def dtype_name(ctx):
 
 
 def start_engine(cfg, ctx, layout, folder, vocab_size, prompt_ids):
-    """This rank's engine, or None where a neighbour owns it; it starts while the model loads."""
+    """This rank's engine, or None where a neighbour owns it; on a CPU it starts meanwhile."""
     engine = None
     if layout.owns_engine:
         engine = Engine(
@@ -634,7 +638,7 @@ def rollout_metrics(groups, lengths, rewards):
         "completions/mean_length": float(np.mean(lengths)),
         "completions/max_length": max(lengths),
         "completions/truncated": float(np.mean(truncated)),
-        "completions/correct": outcomes["right"] / len(lengths),
+        "completions/correct": sum(s.correct.count(True) for s in scored) / len(lengths),
         **{f"grading/{name}": outcomes[name] for name in failures},
         "time/rewards": sum(g.scoring_seconds for g in groups),  # of all engines
     }
@@ -653,7 +657,8 @@ def update_metrics(sums, batches, ctx, cfg):
         found["rollout/off_by_10_percent"] += int((gap > math.log(1.1)).sum())
         found["update/entropy"] += float(batch["entropy"][inside].sum())
     found = sum_over_ranks(ctx, found)
-    found |= {f"update/{name}": value for name, value in sums.items() if name != "loss"}
+    names = [name for name in sums if name not in ("loss", "tokens")]
+    found |= {f"update/{name}": sums[name] for name in names}
     return {name: value / tokens for name, value in found.items()}
 
 
@@ -672,7 +677,7 @@ def cost_metrics(times, lengths, flops, engine, ctx):
 
 
 def log_line(metrics, total_steps, trained):
-    """What a person reads while the run goes on."""
+    """The progress line of a step."""
     phases = [f"{phase} {metrics[f'time/{phase}']:.1f}"
               for phase in ("rollout", "reference", "update", "sync", "eval")
               if f"time/{phase}" in metrics]
@@ -702,7 +707,7 @@ def check_step(metrics, steps_off, allowed, ctx):
                          "fails; grading/* in metrics.jsonl says how")
     gap, share = metrics["rollout/logprob_gap"], metrics["rollout/off_by_10_percent"]
     if gap <= allowed and share <= MAX_SHARE_OFF:
-        return 0  # not reached with nan
+        return 0  # nan fails both tests
     message = (f"sampler and trainer disagree: mean log-prob gap {gap:.3g} (allowed {allowed:.3g}),"
                f" {share:.0%} of the tokens off by 10% (allowed {MAX_SHARE_OFF:.0%})")
     if steps_off + 1 == STEPS_OFF:
@@ -718,9 +723,9 @@ def evaluate(sample, problems, cfg):
     # The same seeds at every evaluation: two evaluations differ by the weights alone.
     eval_cfg = replace(cfg, num_generations=cfg.eval_num_samples, seed=cfg.seed + 1)
     groups = sample(eval_cfg, problems, range(len(problems)), step=0)
-    outcomes = [outcome for g in groups for outcome in g.scored.outcomes]
+    correct = [right for g in groups for right in g.scored.correct]
     completions = [c for g in groups for c in g.completions]
-    return {"eval/pass@1": outcomes.count("right") / len(outcomes),
+    return {"eval/pass@1": correct.count(True) / len(correct),
             "eval/mean_length": float(np.mean([len(c.token_ids) for c in completions])),
             "eval/truncated": float(np.mean([c.finish_reason == "length" for c in completions]))}
 

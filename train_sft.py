@@ -11,7 +11,7 @@ One step, in the order of the code in main:
        backward   and its end of turn) of  L = - sum_t m_t log p(y_t | y_<t) / N,
                   N = sum of m over ALL packs of ALL ranks of the step
     3. step       clip the gradient's norm, AdamW on fp32 master weights, learning rate
-    4. log        metrics.jsonl, and one line a person can read
+    4. log        metrics.jsonl, one line a person can read, and the loss on held-out rows
     5. save       checkpoints to resume from; `final`, a Hugging Face folder for stage 2 and vLLM
 
 The single denominator N makes the gradient independent of how the batch is packed, split and spread
@@ -68,7 +68,7 @@ class SFTConfig:
     min_lr_rate: float = flag(0.1, "Floor as a share of the peak, for cosine_with_min_lr.")
     warmup_ratio: float = flag(0.0, "Share of the horizon spent on linear warm-up.")
     weight_decay: float = flag(0.0, "AdamW's decoupled weight decay.")
-    adam_beta2: float = flag(0.999, "AdamW: memory of the gradient's square.")
+    adam_beta2: float = flag(0.999, "AdamW: decay of the mean squared gradient.")
     max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0 leaves it alone.")
     seed: int = flag(42, "Order of the packs: a function of (seed, epoch).")
     # Machine
@@ -131,7 +131,7 @@ def main(cfg):
         print(f"model      {cfg.model_name_or_path}: {parameter_count(model_config):,} parameters "
               f"on {ranks} x {ctx.device.type}", flush=True)
     if cfg.dry_run:
-        if ctx.is_main:  # two full packs show the peak
+        if ctx.is_main:  # two full packs are enough to reach the peak
             parts = trace_memory(
                 model_config, ranks, [cfg.max_length, cfg.max_length], shard_size=cfg.shard_size,
                 activation_checkpointing=cfg.activation_checkpointing)
@@ -142,7 +142,6 @@ def main(cfg):
     run = open_run(ctx, cfg, {
         "model": folder_hash(folder), "chat template": text_hash(tokenizer.chat_template),
         "data": train.content_hash, "packs per step": packs_per_step})
-    torch.manual_seed(cfg.seed)
     model = load_policy(folder, ctx, activation_checkpointing=cfg.activation_checkpointing,
                         compile_blocks=cfg.compile)
     optimizer = torch.optim.AdamW(
@@ -167,8 +166,9 @@ def main(cfg):
             epoch, position = divmod(step, steps_per_epoch)
             members = steps_of_epoch(len(packs), packs_per_step, cfg.seed, epoch)[position]
             # Packs of equal cost at the same time, because all ranks wait for the slowest.
+            # i counts within the step's packs; -1 is an empty pack that joins the collectives.
             assignment = assign_to_ranks([costs[i] for i in members], ctx.world_size)[ctx.rank]
-            mine = [packs[members[i]] if i >= 0 else [] for i in assignment]  # -1: an empty pack
+            mine = [packs[members[i]] if i >= 0 else [] for i in assignment]
             batches = [collate_pack(documents, pack, ctx) for pack in mine]
             trained = sum(float(batch["mask"].sum()) for batch in batches)
             denominator = sum_over_ranks(ctx, {"trained": trained})["trained"]  # N
@@ -179,9 +179,10 @@ def main(cfg):
             # ====================================================== 2. forward and backward
             sums = Counter()
             for batch in batches:
-                logprobs, entropy = model(**{name: batch[name] for name in MODEL_INPUTS})  # (T,) x2
+                inputs = {name: batch[name] for name in MODEL_INPUTS}
+                logprobs, entropy = model(**inputs)  # (T,), (T,)
                 loss = sft_loss(logprobs, batch["mask"], denominator)
-                loss.backward()  # gradients add up over micro-batches and over ranks
+                loss.backward()  # adds up: over micro-batches here, over ranks in FSDP
                 sums["loss"] += float(loss.detach())
                 sums["entropy"] += float((entropy * batch["mask"]).sum())
             sums = sum_over_ranks(ctx, sums)
@@ -254,7 +255,7 @@ def read_documents(dataset, tokenizer, cfg, ctx):
 
 
 def print_plan(cfg, train, lengths, packs_per_step, steps_per_epoch, total_steps):
-    """What the run is going to do, before anything expensive starts. lengths: of each pack."""
+    """What the run is going to do; lengths: of the documents of each pack."""
     tokens = sum(map(sum, lengths))
     trained = sum(int(d.mask.sum()) for d in train.documents)
     print(f"""\
@@ -270,7 +271,7 @@ output     {cfg.output_dir}""", flush=True)
 
 
 def collate_pack(documents, pack, ctx):
-    """The tensors of one pack; pack: document numbers, none for an empty one."""
+    """The tensors of one pack; pack: document numbers; [] is an empty pack."""
     rows = [{"ids": documents[i].ids, "mask": documents[i].mask} for i in pack]
     return collate(rows, ctx.device)
 

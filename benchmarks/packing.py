@@ -28,7 +28,7 @@ RANKS, PACKS_PER_STEP = 8, 64
 
 
 def log_normal_lengths(rng, count, mean, longest, cv):
-    """Lengths from a log-normal cut at `longest` (drawn again), scaled until the cut mean is `mean`."""
+    """Lengths from a log-normal cut at `longest`, scaled until the cut mean is `mean`."""
     import math
 
     sigma = math.sqrt(math.log(1 + cv * cv))
@@ -44,8 +44,10 @@ def log_normal_lengths(rng, count, mean, longest, cv):
 def imbalance(assigned, costs):
     """sum over micro-batches of the slowest rank's cost / mean over ranks of their total cost."""
     turns = max(map(len, assigned))
-    slowest = sum(max(costs[mine[t]] if t < len(mine) and mine[t] >= 0 else 0.0 for mine in assigned)
-                  for t in range(turns))
+    def cost(mine, t):
+        return costs[mine[t]] if t < len(mine) and mine[t] >= 0 else 0.0
+
+    slowest = sum(max(cost(mine, t) for mine in assigned) for t in range(turns))
     total = sum(costs[i] for mine in assigned for i in mine if i >= 0)
     return slowest / (total / len(assigned))
 

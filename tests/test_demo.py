@@ -15,7 +15,8 @@ def test_the_miniature_recipe(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "setup: installing" not in done.stdout  # nothing changed since the suite's own set-up
     headings = [line for line in done.stdout.splitlines() if line.startswith("== ")]
-    assert [h.split()[1] for h in headings] == ["demo,", "stage", "stage", "evaluation:", "demo"]
+    assert [h.split()[1] for h in headings] == [
+        "demo,", "stage", "stage", "evaluation:", "report:", "demo"]
 
     table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     header = next(line for line in table if line.startswith("| model | 64 |"))
@@ -29,6 +30,7 @@ def test_the_miniature_recipe(tmp_path):
     # processor's rounding moves it: 32 and 34% here. What the whole recipe reaches stands in the README.
     assert accuracy["base"] < 5 and min(accuracy["SFT"], accuracy["SFT + GRPO"]) > 18
     assert (output / "eval/budgets.png").stat().st_size > 10_000
+    assert (output / "grpo/report.html").stat().st_size > 10_000
     steps = [json.loads(line) for line in (output / "grpo/metrics.jsonl").read_text().splitlines()]
     assert all(step["grad_norm"] > 0 for step in steps)
     sft, grpo = (AutoModelForCausalLM.from_pretrained(output / stage / "final") for stage in ("sft", "grpo"))
