@@ -444,7 +444,8 @@ def test_plot_has_its_legend_outside_the_curves(tmp_path, benchmarks):
     (dict(benchmark="math500"), "holds no samples of math500"),
 ])
 def test_scoring_says_what_is_missing(tmp_path, flags, message):
-    folder = store(tmp_path / "m" / "hash", {"p": [("1", 9, "stop")] * 2, "q": [("1", 9, "stop"), (None, 100, "length")]})
+    folder = store(tmp_path / "m" / "hash", {
+        "p": [("1", 9, "stop")] * 2, "q": [("1", 9, "stop"), (None, 100, "length")]})
     cfg = config(**{"benchmark": "toy", "num_samples": 2, "budgets": "100", "output_dir": str(tmp_path), **flags})
     with pytest.raises(ValueError, match=message):
         evaluate.report(cfg, {"m": folder}, evaluate.budget_list(cfg))

@@ -178,3 +178,14 @@ def test_max_seqlen_is_the_next_power_of_two():
     for lengths, expected in (([1], 1), ([2, 1], 2), ([3, 2], 4), ([64, 5], 64), ([65], 128)):
         assert data.collate(random_rows(0, lengths))["max_seqlen"] == expected
     assert data.collate([])["max_seqlen"] == 1
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_padding_of_the_vocabulary_is_outside_the_softmax(tie, tmp_path, ctx):
+    plain = tiny_model(tmp_path, "qwen2", tie)
+    batch = data.collate(random_rows(5, [20], vocab_size=300), columns=())
+    with torch.no_grad():
+        ours, _ = load_policy(tmp_path, ctx)(**batch, vocab_size=300)
+        logits = plain(input_ids=batch["input_ids"][None]).logits[0, :, :300]
+    theirs = logits.log_softmax(-1).gather(1, batch["targets"][:, None])[:, 0]
+    assert torch.allclose(ours, theirs, atol=1e-5)

@@ -22,7 +22,8 @@ def digits(completion, answer):
 
 
 def flags(demo, output, **options):
-    options = {"model_name_or_path": demo / "base", "dataset": demo / "rl.jsonl", "system_prompt": "none", "output_dir": output,
+    options = {"model_name_or_path": demo / "base", "dataset": demo / "rl.jsonl", "system_prompt": "none",
+               "output_dir": output,
                "max_prompt_length": 128, "max_completion_length": 24, "num_prompts_per_step": 4, "num_generations": 4,
                "max_steps": 4, "learning_rate": "2e-3", "beta": 0, "top_p": 1, "min_p": 0,
                "reward_funcs": f"{demo / 'reward.py'}:digits", "activation_checkpointing": "none",
@@ -59,7 +60,8 @@ def learned(tmp_path_factory, demo):
     """Two ranks, twelve steps, undisturbed."""
     output = tmp_path_factory.mktemp("grpo") / "learned"
     done = torchrun("train_grpo.py", *flags(demo, output, max_steps=12, dynamic_sampling_rounds=1,
-                                            eval_dataset=demo / "test.jsonl", eval_steps=12, eval_num_samples=1), timeout=600)
+                                            eval_dataset=demo / "test.jsonl", eval_steps=12, eval_num_samples=1),
+                    timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return output
 

@@ -15,7 +15,8 @@ from data import MODEL_INPUTS, Problem, collate, micro_batches
 from model import flops_per_pack, load_config, load_policy, named_weights, setup_distributed
 from rollout import Completion
 from train_grpo import (
-    COLUMNS, check_step, collect_groups, group_advantages, grpo_loss, loss_weights, prompts_at, token_rows,
+    COLUMNS, check_step, collect_groups, group_advantages, grpo_loss,
+    has_equal_rewards, loss_weights, prompts_at, token_rows,
     update_metrics)
 
 
@@ -70,6 +71,11 @@ def test_an_answer_without_reward_has_no_advantage_and_no_voice():
     ours = group_advantages(torch.tensor([[1.0, 3.0, math.nan], [math.nan] * 3]))
     assert torch.equal(ours[0, :2], group_advantages(torch.tensor([[1.0, 3.0]]))[0])
     assert ours[0, 2] == 0 and ours[1].tolist() == [0, 0, 0]
+
+
+def test_a_missing_reward_leaves_a_group_of_equal_rewards():
+    assert has_equal_rewards(SimpleNamespace(totals=[0.5, math.nan, 0.5]))
+    assert not has_equal_rewards(SimpleNamespace(totals=[0.5, math.nan, 1.0]))
 
 
 # ------------------------------------------------------------------------------------------------ mask and denominator

@@ -91,7 +91,8 @@ def test_a_resume_refuses_other_data_and_weights_and_says_which_flags_changed(tm
     shutil.copytree(demo / "base", model)
     template = model / "chat_template.jinja"
     template.write_text(template.read_text() + "{# other #}")
-    moved = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, model_name_or_path=model, **base), ranks=1)
+    moved = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, model_name_or_path=model, **base),
+                     ranks=1)
     assert moved.returncode == 1 and "model" in moved.stderr and "Traceback" not in moved.stderr
     jinja = tmp_path / "other.jinja"
     jinja.write_text(template.read_text())
