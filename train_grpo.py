@@ -281,6 +281,8 @@ def main(cfg):
     max_tokens = cfg.max_tokens_per_microbatch or longest
     if ctx.is_main:
         print_plan(cfg, train, steps_per_epoch, total_steps, max_tokens, layout)
+        if padding := model_config.vocab_size - vocab:
+            print(f"padding    {padding} ids beyond the tokenizer's: never sampled", flush=True)
     if cfg.dry_run:
         if ctx.is_main:
             print_memory(cfg, model_config, ctx, max_tokens)

@@ -112,10 +112,10 @@ def main(cfg):
     model_config = load_config(folder)
     tokenizer = load_tokenizer(folder)
     set_chat_template(tokenizer, cfg.chat_template)
-    check_lengths(tokenizer, model_config, cfg.max_length)
     train = read_documents(cfg.dataset, tokenizer, cfg, ctx)
     held_out = read_documents(cfg.eval_dataset, tokenizer, cfg, ctx) if cfg.eval_dataset else None
     documents = train.documents
+    check_lengths(tokenizer, model_config, max(map(len, documents)))
     packs = make_packs(documents, cfg.max_length)  # [[document number]]
     lengths = [[len(documents[i]) for i in pack] for pack in packs]
     costs = [flops_per_pack(model_config, pack_lengths) for pack_lengths in lengths]

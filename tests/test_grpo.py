@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 import signal
 import sys
 import time
@@ -219,6 +220,8 @@ def test_dry_run_prints_the_plan(tmp_path, demo):
     arguments = flags(demo, tmp_path / "run", num_prompts_per_step=16, num_generations=8)
     done = run(sys.executable, ROOT / "train_grpo.py", *arguments, "--dry_run", "True")
     assert done.returncode == 0 and "16 prompts x 8 answers = 128" in done.stdout and not (tmp_path / "run").exists()
+    assert re.search(r"\nmemory +peak \d+\.\d GB per rank", done.stdout), done.stdout
+    assert re.search(r"\npadding +\d+ ids beyond the tokenizer's: never sampled", done.stdout)
 
 
 BROKEN_REWARDS = '''

@@ -1,5 +1,6 @@
 """rollout.py with real vLLM: right log-probs, right weights, no sample lost when a process dies."""
 
+import copy
 import os
 import shutil
 import signal
@@ -21,14 +22,8 @@ import rollout
 from data import collate
 from model import RankFailure, load_policy, setup_distributed
 from rollout import (
-    Engine,
-    EngineError,
-    EngineLayout,
-    StaleWeightsError,
-    check_probe,
-    engine_layout,
-    sampling_seed,
-)
+    Completion, Engine, EngineError, EngineLayout, StaleWeightsError, check_probe, completion_text,
+    engine_layout, sampling_seed)
 
 PROMPTS = [[5 + (7 * p + i) % 300 for i in range(3 + p)] for p in range(8)]
 PROBE = [5 + (11 * i) % 300 for i in range(60)]
@@ -607,3 +602,17 @@ def test_engine_layout():
     assert engine_layout(0, 0, 1, 1, 1) == EngineLayout(True, index=0, count=1, devices=[0])
     with pytest.raises(ValueError, match=r"--tensor_parallel_size 3.*\[1, 2, 4, 8\]"):
         engine_layout(0, 0, 8, 8, 3)
+
+
+def test_the_graded_text_is_what_was_sampled_but_for_the_stop_token(tokenizer):
+    """</think> is a special token of some tokenizers: a text without it would never earn a format reward."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["</think>"]})
+    answer = "7+1=8\n</think>\nSo \\boxed{8}."
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    assert "</think>" not in tokenizer.decode(ids, skip_special_tokens=True)
+    stopped = Completion(0, 0, [*ids, tokenizer.eos_token_id], [], "stop", 0)
+    assert completion_text(tokenizer, stopped) == answer
+    assert completion_text(tokenizer, Completion(0, 0, ids, [], "length", 0)) == answer
+    at_a_string = Completion(0, 0, ids[:-1], [], "stop", 0)  # a stop string is part of the answer
+    assert completion_text(tokenizer, at_a_string, stop_strings=True) == tokenizer.decode(ids[:-1])
