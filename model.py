@@ -264,12 +264,13 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, cu
         out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
                           scale=scaling, window_size=(-1, 0), **grouped)
         return out.unsqueeze(0), None  # (1, T, H, d)
-    bounds = cu_seqlens.tolist()
+    # split, not slices: the gradient of a slice is a tensor of the whole pack, filled with zeros.
+    lengths = cu_seqlens.diff().tolist()
     documents = [
         F.scaled_dot_product_attention(
-            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end],
-            is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-        for start, end in zip(bounds, bounds[1:], strict=False) if end > start
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+        for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        if q.shape[2]
     ]
     return torch.cat(documents, dim=2).transpose(1, 2), None  # (1, T, H, d)
 
@@ -577,7 +578,7 @@ def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_che
     # follows its forward. The reference has no backward, and frees them until the next forward.
     for unit in [model] if model.lm_head is None else [model.lm_head, model]:
         units.append(shard(unit, reshard_after_forward=not trainable))
-    for unit in units:
+    for unit in units if ctx.world_size > 1 else []:  # one rank would divide by 1, a pass more
         # Gradients are SUMMED over ranks. The loss is already divided by the token count of all
         # ranks; the average that FSDP takes by default would divide a second time. (The force-sum
         # flag makes this work on gloo.)
