@@ -129,7 +129,7 @@ def charts(rows):
             parts = np.array_split(points, min(len(points), MAX_POINTS))
             steps, values = np.transpose([part.mean(axis=0) for part in parts])
             label = f"{name}  {number(points[0, 1])} → {number(points[-1, 1])}"
-            marker = "." if len(parts) <= 40 else ""
+            marker = "." if len(parts) < 10 else ""
             axes.plot(steps, values, marker=marker, label=label)
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), borderpad=0, frameon=False)
     return as_svg(figure)
