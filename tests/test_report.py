@@ -210,6 +210,7 @@ def test_a_script_that_escaping_missed_cannot_run(grpo_run, browser):
 def test_a_run_in_progress_shows_its_whole_lines(grpo_run):
     page = report.report(grpo_run)
     assert "Step 2 of 9." in page
+    assert "<script" not in page and "&lt;script&gt;" in page
     assert "reward/total  0.5 → 1<" in page and "completions/mean_length  89 → 88<" in page
     assert "reward/&lt;b&gt;mine" in page and "reward/cosine" not in page  # never a number
     assert "2 of 2 right" in page and page.count("All rewards are equal") == 1
@@ -241,6 +242,8 @@ def test_curves_are_averaged_and_parts_are_found():
     curves = report.panel_curves(rows, ["reward/total", "reward/*"])
     assert list(curves) == ["reward/total", "reward/mine"]
     assert curves["reward/mine"].tolist() == [[i, i] for i in range(10)]
+    long = [{"step": i, "entropy": i % 3} for i in range(8 * report.MAX_POINTS)]
+    assert len(report.charts(long)) < len(report.charts(long[:report.MAX_POINTS])) + 1000
 
 
 def test_a_step_without_any_reward(tmp_path, demo, tokenizer):
@@ -290,7 +293,8 @@ def test_the_page_stays_small_and_says_what_it_cuts(tmp_path, demo, tokenizer):
     page = report.report(tmp_path)
     assert len(page.encode()) < report.MAX_BYTES
     assert "tokens are left out here" in page and "8 of 12 different answers" in page
-    assert "<b>+5.50</b>" in page and "<b>-5.50</b>" in page  # the best and the worst are shown
+    best, worst = page.index("<b>+5.50</b>"), page.index("<b>-5.50</b>")
+    assert best < worst  # both are shown, in order of advantage
 
 
 def test_the_overview_of_a_large_step_stays_small():
@@ -309,6 +313,9 @@ def test_the_groups_that_are_chosen():
               group(4, [1, 1], ["right", "right"]), group(7, [1, 3], ["right", "right"])]
     chosen = [(labels, g.index) for labels, g in report.choose_groups(groups)]
     assert chosen == [(["most mixed"], 3), (["best"], 7), (["worst"], 5), (["collapsed"], 4)]
+    without_label = group(6, [0, 0], ["wrong", "wrong"])
+    *_, last = report.choose_groups([groups[0], without_label, groups[1], groups[2]])
+    assert (last[0], last[1].index) == (["collapsed"], 6)  # not 4, which is the best already
     assert [g.index for _, g in report.choose_groups(groups[:1])] == [5]
     assert report.choose_groups(groups[:1])[0][0] == ["most mixed", "best", "worst", "collapsed"]
 
