@@ -11,8 +11,8 @@ The papers' data sets from their sources, and decontamination.
     3. recipes            which rows of which source, and how many
     4. build              filter, draw, merge, deduplicate, keep the shortest correct trace
 
-A build takes two passes, so that the sources may be larger than memory: the first judges each row,
-and remembers a digest of the problem for those that pass; the second writes the rows drawn.
+The sources may be larger than memory: of the rows that pass, problem, answer and shortest trace are
+held until the draw, about 3 GB for OpenR1-Math's default set.
 """
 
 import argparse
@@ -285,8 +285,6 @@ class SourcePart:
     trace_length: str = "shortest"  # which of the correct traces must be: shortest, any, mean
     sample: int = 0  # rows to draw, 0 for all
     without: str = ""  # an earlier part: what it has drawn is not drawn again
-    minus: str = ""  # a data set whose problems are taken out
-    level: str = ""  # Open-RS's column
 
 
 def recipe_parts(args):
@@ -308,16 +306,7 @@ def recipe_parts(args):
         return [SourcePart("light_r1_stage2", args.light_r1, read_light_r1, needs_trace=False)]
     if args.recipe == "open_rs1":
         return [SourcePart("open_s1", args.open_s1, read_problem, needs_trace=False)]
-    if args.open_rs2_from == "published":
-        return [SourcePart("open_rs", args.open_rs, read_problem, needs_trace=False)]
-    # open-deepscaler is DeepScaleR without its easy problems: what it lacks are the easy ones.
-    return [
-        SourcePart("open_s1", args.open_s1, read_problem, needs_trace=False, sample=3000,
-                   level="Hard"),
-        SourcePart("open_deepscaler", args.open_deepscaler, read_problem, needs_trace=False,
-                   sample=3000, level="Hard"),
-        SourcePart("deepscaler_easy", args.deepscaler, read_problem, needs_trace=False,
-                   sample=1000, level="Easy", minus=args.open_deepscaler)]
+    return [SourcePart("open_rs", args.open_rs, read_problem, needs_trace=False)]
 
 
 def reject(part, example):
@@ -371,12 +360,12 @@ def token_counter(name):
     return count
 
 
-def read_examples(dataset, read, args, wanted, count_tokens=None, title=""):
+def read_examples(dataset, read, args, wanted, count_tokens):
     """
     Yield (row number, SourceRow), or (row number, Dropped), for every row of a source.
 
-    Rows for which wanted(number, row) holds have their traces counted and sorted, shortest first;
-    64 rows at a time, because the tokenizer uses all cores on a list of texts.
+    Rows that are wanted have their traces counted and sorted, shortest first; 64 rows at a time,
+    because the tokenizer uses all cores on a list of texts.
     """
     from tqdm import tqdm
 
@@ -386,59 +375,50 @@ def read_examples(dataset, read, args, wanted, count_tokens=None, title=""):
         except Dropped as dropped:
             return dropped
 
-    def measured(waiting):
-        chosen = [example for number, example in waiting if count_tokens
-                  and isinstance(example, SourceRow) and wanted(number, example)]
-        traces = [trace for example in chosen for trace in example.traces]
-        lengths = iter(count_tokens(traces) if traces else [])
-        for example in chosen:
-            pairs = [(next(lengths), trace) for trace in example.traces]
-            pairs.sort(key=lambda pair: pair[0])
-            example.lengths, example.traces = [n for n, _ in pairs], [trace for _, trace in pairs]
-        return waiting
+    rows = tqdm(iterate_rows(hub_file(dataset)), desc=dataset, unit=" rows", file=sys.stderr)
+    numbered = enumerate(map(read_or_drop, rows))
+    while batch := list(itertools.islice(numbered, 64)):
+        if count_tokens:
+            sort_traces([row for _, row in batch if isinstance(row, SourceRow) and wanted(row)],
+                        count_tokens)
+        yield from batch
 
-    waiting = []
-    rows = tqdm(iterate_rows(hub_file(dataset)), desc=title, unit=" rows", file=sys.stderr)
-    for number, row in enumerate(rows):
-        waiting.append((number, read_or_drop(row)))
-        if len(waiting) == 64:
-            yield from measured(waiting)
-            waiting = []
-    yield from measured(waiting)
+
+def sort_traces(examples, count_tokens):
+    """Count the tokens of all traces; in each row the shortest comes first."""
+    lengths = iter(count_tokens([trace for example in examples for trace in example.traces]))
+    for example in examples:
+        pairs = [(next(lengths), trace) for trace in example.traces]
+        pairs.sort(key=lambda pair: pair[0])
+        example.lengths = [length for length, _ in pairs]
+        example.traces = [trace for _, trace in pairs]
 
 
 def digest(text):
-    """16 bytes for a text: what pass 1 remembers of a problem."""
+    """16 bytes for a text."""
     return hashlib.sha256(text.encode()).digest()[:16]
 
 
 def judge_sources(parts, args, count_tokens, names, index):
     """
-    Pass 1: ({part: {row number: digest of the problem}}, report, contaminated rows) of what passes.
+    ({part: {row number: SourceRow}}, report, contaminated rows) of what passes.
 
     report[part] = {"rows", "dropped": {reason: count}}; each row is counted once in every part that
     reads its source.
     """
     candidates = {part.name: {} for part in parts}
     report = {part.name: {"rows": 0, "dropped": Counter()} for part in parts}
-    contaminated, problems_of = [], {part.minus: set() for part in parts}
+    contaminated = []
     for dataset in dict.fromkeys(part.dataset for part in parts):
         readers = [part for part in parts if part.dataset == dataset]
 
-        def wanted(number, example, readers=readers):
+        def wanted(example, readers=readers):
             return any(reject(part, example) is None for part in readers)
 
-        title = f"judging {dataset}"
-        for number, example in read_examples(
-                dataset, readers[0].read, args, wanted, count_tokens, title):
-            readable = isinstance(example, SourceRow)
-            key = digest(example.key) if readable else None
-            if readable and dataset in problems_of:
-                problems_of[dataset].add(key)
+        for number, example in read_examples(dataset, readers[0].read, args, wanted, count_tokens):
             for part in readers:
+                readable = isinstance(example, SourceRow)
                 reason = reject(part, example) if readable else str(example)
-                if reason is None and part.minus and key in problems_of[part.minus]:
-                    reason = f"also in {part.minus}"
                 hit = overlap(example.problem, index, args.ngram) if reason is None else None
                 if hit:
                     reason = "overlaps with a benchmark"
@@ -447,99 +427,73 @@ def judge_sources(parts, args, count_tokens, names, index):
                         "shared": hit[1][:200], "problem": example.problem[:200]})
                 report[part.name]["rows"] += 1
                 if reason is None:
-                    candidates[part.name][number] = key
+                    candidates[part.name][number] = example
                 else:
                     report[part.name]["dropped"][reason] += 1
+            if isinstance(example, SourceRow):
+                del example.traces[1:]  # only the shortest is kept: see above on memory
     return candidates, report, contaminated
 
 
-def draw(candidates, sample, seed, name):
+def draw(keys, sample, seed, name):
     """
-    Row numbers of a random sample: the rows whose hash of (seed, part, problem) is lowest.
+    Row numbers of a random sample of {row number: key}: the lowest hashes of (seed, part, key).
 
     Unlike drawing by position, the choice does not change when the source is sorted differently or
     gains other rows.
     """
     def order(number):
-        return digest(f"{seed}/{name}/" + candidates[number].hex()), number
+        return digest(f"{seed}/{name}/" + digest(keys[number]).hex()), number
 
-    return set(sorted(candidates, key=order)[:sample or None])
+    return set(sorted(keys, key=order)[:sample or None])
 
 
 def choose_rows(parts, candidates, report, seed):
-    """{data set: {row number: part}}: draw from each part in turn; a problem's first copy wins."""
+    """[(part, SourceRow)]: draw from each part in turn; a problem's first copy wins. File order."""
     chosen, drawn, seen = {part.dataset: {} for part in parts}, {}, set()
     for part in parts:
         rows, dropped = candidates[part.name], report[part.name]["dropped"]
         taken = drawn.get(part.without, ())
-        left = {number: key for number, key in rows.items() if number not in taken}
+        left = {number: row.key for number, row in rows.items() if number not in taken}
         drawn[part.name] = draw(left, part.sample, seed, part.name)
-        fresh = []
+        kept = 0
         for number in sorted(drawn[part.name]):
-            if rows[number] not in seen:
-                seen.add(rows[number])
-                fresh.append(number)
-        chosen[part.dataset].update(dict.fromkeys(fresh, part))
+            if left[number] not in seen:
+                seen.add(left[number])
+                chosen[part.dataset][number] = part, rows[number]
+                kept += 1
         dropped[f"drawn for {part.without}"] = len(rows) - len(left)
         dropped["not drawn"] = len(left) - len(drawn[part.name])
-        dropped["duplicate of an earlier problem"] = len(drawn[part.name]) - len(fresh)
-        report[part.name]["kept"] = len(fresh)
+        dropped["duplicate of an earlier problem"] = len(drawn[part.name]) - kept
+        report[part.name]["kept"] = kept
         counts = {reason: count for reason, count in sorted(dropped.items()) if count}
         report[part.name]["dropped"] = counts
-    return chosen
+    return [rows[number] for rows in chosen.values() for number in sorted(rows)]
 
 
-def chosen_rows(chosen, parts, args, count_tokens, tokens):
-    """Pass 2: yield the output rows in file order; appends each kept trace's length to `tokens`."""
-    columns = {"problem", "answer", "source"}
-    columns |= {"generation"} if parts[0].needs_trace else set()
-    columns |= {"solution"} if parts[0].read is read_problem else set()
-    columns |= {"level"} if parts[0].level else set()
-    for dataset, rows in chosen.items():
-        read = next(part.read for part in parts if part.dataset == dataset)
-
-        def wanted(number, example, rows=rows):
-            return number in rows
-
-        title = f"writing {dataset}"
-        for number, example in read_examples(dataset, read, args, wanted, count_tokens, title):
-            if number not in rows:
-                continue
-            if isinstance(example, Dropped):
-                raise DataError(f"{dataset} has changed between the two passes; build again")
-            part = rows[number]
-            row = {"problem": example.problem, "generation": "", "answer": example.answer,
-                   "source": part.name, "solution": example.solution, "level": part.level}
-            if part.needs_trace:
-                row["generation"] = example.traces[0]
-                tokens.append(example.lengths[0])
-            yield {column: text for column, text in row.items() if column in columns}
+def output_row(part, row):
+    """The columns that the trainers read: a trace for SFT, the solution of Open-RS's sets."""
+    columns = {"problem": row.problem}
+    if part.needs_trace:
+        columns["generation"] = row.traces[0]
+    columns |= {"answer": row.answer, "source": part.name}
+    if part.read is read_problem:
+        columns["solution"] = row.solution
+    return columns
 
 
 def write_rows(output, rows):
-    """Write rows of strings as .jsonl or .parquet, temporary name first; returns how many."""
-    output, count = Path(output), 0
-    output.parent.mkdir(parents=True, exist_ok=True)
+    """Write rows as .jsonl or .parquet, under a temporary name first."""
     temporary = output.with_name(f".{output.name}.tmp")
     if output.suffix == ".jsonl":
         with open(temporary, "w") as file:
-            for count, row in enumerate(rows, 1):  # noqa: B007  (the last count is the answer)
-                file.write(json.dumps(row) + "\n")
+            file.writelines(json.dumps(row) + "\n" for row in rows)
     else:
         import pyarrow
         import pyarrow.parquet
 
-        writer, rows = None, iter(rows)
-        while block := list(itertools.islice(rows, 500)):  # so many traces are in memory
-            schema = pyarrow.schema([(column, pyarrow.string()) for column in block[0]])
-            writer = writer or pyarrow.parquet.ParquetWriter(temporary, schema)
-            writer.write_table(pyarrow.Table.from_pylist(block, schema))
-            count += len(block)
-        if writer:
-            writer.close()
-    if count:
-        temporary.rename(output)
-    return count
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
+    temporary.rename(output)
 
 
 def build(args):
@@ -566,17 +520,16 @@ def build(args):
     count_tokens = token_counter(args.tokenizer) if needs_traces else None
     candidates, report, contaminated = judge_sources(parts, args, count_tokens, names, index)
     chosen = choose_rows(parts, candidates, report, args.seed)
-    if not any(chosen.values()):
+    if not chosen:
         raise DataError(f"{args.recipe}: no row is left; {json.dumps(report)}")
-    tokens = []
-    count = write_rows(output, chosen_rows(chosen, parts, args, count_tokens, tokens))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(output, [output_row(part, row) for part, row in chosen])
+    tokens = sum(row.lengths[0] for _, row in chosen) if needs_traces else 0
     options = {name: value for name, value in sorted(vars(args).items())
                if name not in ("output", "dry_run")}
-    report = {"rows": count, "tokens": sum(tokens), "options": options, "sources": report,
+    report = {"rows": len(chosen), "tokens": tokens, "options": options, "sources": report,
               "benchmark_problems": len(names), "contaminated": contaminated}
-    temporary = output.with_name(f".{output.name}.report.tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.rename(f"{output}.report.json")
+    Path(f"{output}.report.json").write_text(json.dumps(report, indent=1) + "\n")
     print_report(output, report)
 
 
@@ -619,10 +572,6 @@ def add_build_flags(parser):
             help="part d, and the whole GRPO set")
     sources("--open_s1", default="knoveleng/open-s1", help="set of Open-RS1")
     sources("--open_rs", default="knoveleng/open-rs", help="set of Open-RS2 and RS3, as published")
-    sources("--open_deepscaler", default="knoveleng/open-deepscaler",
-            help="for --open_rs2_from parts")
-    sources("--deepscaler", default="agentica-org/DeepScaleR-Preview-Dataset",
-            help="for --open_rs2_from parts")
 
     choice = parser.add_argument_group("what the papers leave open").add_argument
     choice("--correctness", default="either", choices=("either", "math_verify"),
@@ -645,8 +594,6 @@ def add_build_flags(parser):
            help="counts a trace's tokens")
     choice("--dedup_key", default="text", choices=("text", "exact", "uuid"),
            help="two rows are one problem by text up to blanks, exact text, or the uuid")
-    choice("--open_rs2_from", default="published", choices=("published", "parts"),
-           help="as published, or drawn from its sources")
 
 
 def make_parser():

@@ -35,12 +35,8 @@ def answer(tokenizer, text, prompt=0, reward=1.0, advantage=0.0, **more):
             "answer": "4", "text": text, "token_ids": ids, "length": len(ids),
             "finish_reason": "stop", "outcome": "right" if reward > 0 else "wrong",
             "rewards": {"cosine": reward}, "reward": reward, "advantage": advantage,
-            "logprobs": half, "rollout_logprobs": half, "weight": 1 / len(ids), **more}
-
-
-def without_token_lists(rows):
-    return [{k: v for k, v in row.items() if k not in ("logprobs", "rollout_logprobs", "weight")}
-            for row in rows]
+            "logprobs": half, "rollout_logprobs": half, "entropy": [0.25] * len(ids),
+            "weight": 1 / len(ids), **more}
 
 
 def write_run(folder, steps, answers=None, tail="", **config):
@@ -182,7 +178,7 @@ def test_the_page_in_a_browser(grpo_run, browser):
         assert is_visible(browser, f"#legend .{mode}")
         assert browser.evaluate("[...document.querySelectorAll('#legend div')]"
                                 ".filter(d => d.checkVisibility()).length") == 1
-        assert background(browser, f"#legend .{mode} :nth-child(9)") != "rgba(0, 0, 0, 0)"
+        assert background(browser, f"#legend .{mode} :nth-child(8)") != "rgba(0, 0, 0, 0)"
         seen.add(background(browser, token))
     assert len(seen) == 3 and "rgba(0, 0, 0, 0)" not in seen
 
@@ -200,7 +196,8 @@ def test_the_page_in_a_browser(grpo_run, browser):
 def test_a_script_that_escaping_missed_cannot_run(grpo_run, browser):
     """The second line of defence: markup put into the finished page by hand is dead."""
     page = grpo_run / "page.html"
-    page.write_text(report.report(grpo_run).replace("<h2>Settings</h2>", HOSTILE))
+    page.write_text(report.report(grpo_run).replace("<h2>Settings</h2>", HOSTILE),
+                    encoding="utf-8")
     browser.open(page)
     assert browser.evaluate("document.scripts.length + document.images.length") == 2
     time.sleep(0.5)  # an onerror handler would run after the load event
@@ -212,30 +209,47 @@ def test_a_script_that_escaping_missed_cannot_run(grpo_run, browser):
 # --------------------------------------------------------------------------------------------------
 def test_a_run_in_progress_shows_its_whole_lines(grpo_run):
     page = report.report(grpo_run)
-    assert "<b>2 of 9</b>steps" in page and "0.5 <i>→</i> 1" in page  # reward, first to last
-    assert "88" in page and "<b>89 <i>→</i> 88</b>tokens per answer" in page
+    assert "Step 2 of 9." in page
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "reward/total  0.5 → 1<" in page and "completions/mean_length  89 → 88<" in page
     assert "reward/&lt;b&gt;mine" in page and "reward/cosine" not in page  # never a number
     assert "2 of 2 right" in page and page.count("All rewards are equal") == 1
-    assert "eval/pass@1 <b>0.25</b>" in page and "update/entropy <b>0.3</b>" in page
-    assert 'title="p 0.5, gap +0.693"' in page  # of the token that the sampler found at 1/4
-    assert page.count('<mark class="wrong">') == 2 and '<mark class="right">right<' in page
+    assert "eval/pass@1  0.25 → 0.25<" in page and "update/entropy  0.3 → 0.3<" in page
+    # of the token that the sampler found at 1/4
+    assert 'title="p 0.5, gap +0.693, entropy 0.25"' in page
+    assert page.count('<b class="wrong">') == 2 and '<b class="right">right<' in page
     assert "right × 2" in page  # equal answers are shown once
-    assert "late <b>none</b>" in page and "reward <b>none</b>" in page
+    assert "late <b>nan</b>" in page and "reward <b>nan</b>" in page
 
 
 def test_an_sft_run_shows_its_curves_alone(tmp_path):
     write_run(tmp_path, [{"step": i, "loss": 2 / i, "lr": 1e-5, "entropy": 0.5, "time/step": 1.0}
                          for i in range(1, 1001)])
     page = report.report(tmp_path)
-    assert "Rollouts" not in page and page.count("<figure>") == 4
-    assert "Each point is the mean of 5 steps" in page and "<b>2 <i>→</i> 0.002</b>loss" in page
-    with pytest.raises(SystemExit, match="--step 3: .* has no such step; there are none"):
+    assert "Rollouts" not in page and "<details id=" not in page and 'id="legend"' not in page
+    assert [title for title in report.PANELS if f">{title}<" in page] == [
+        "Loss", "Entropy in nats per token", "Seconds per step, by phase", "Learning rate"]
+    assert "mean over up to 5 steps" in page and "loss  2 → 0.002<" in page
+    assert len(page) < 120_000
+    with pytest.raises(ValueError, match="--step 3: .* has no such step; there are none"):
         report.report(tmp_path, step=3)
 
 
-def test_a_step_without_any_reward(tmp_path, tokenizer):
+def test_curves_are_averaged_and_parts_are_found():
+    rows = [{"step": i, "lr": math.nan if i == 7 else 1.0, "reward/total": 2.0, "reward/mine": i,
+             "reward/missing": 0, "reward/late": None} for i in range(10)]
+    assert len(report.curve(rows, "lr")) == 9 and len(report.curve(rows, "absent")) == 0
+    curves = report.panel_curves(rows, ["reward/total", "reward/*"])
+    assert list(curves) == ["reward/total", "reward/mine"]
+    assert curves["reward/mine"].tolist() == [[i, i] for i in range(10)]
+    long = [{"step": i, "entropy": i % 3} for i in range(8 * report.MAX_POINTS)]
+    assert len(report.charts(long)) < len(report.charts(long[:report.MAX_POINTS])) + 1000
+
+
+def test_a_step_without_any_reward(tmp_path, demo, tokenizer):
     rows = [answer(tokenizer, "one", 0, math.nan, outcome="bad_gold") for _ in range(2)]
-    write_run(tmp_path, [metrics(2)], without_token_lists(rows))
+    write_run(tmp_path, [metrics(2)], rows, model_name_or_path=str(demo / "base"),
+              rollout_is_cap=0)
     assert "bad_gold × 2" in report.report(tmp_path)
 
 
@@ -244,31 +258,27 @@ def test_chosen_step_and_errors(tmp_path, grpo_run):
     (grpo_run / "rollouts/step-000001.jsonl").write_text(first)
     assert "Rollouts of step 1<" in report.report(grpo_run, step=1)
     assert "Rollouts of step 2<" in report.report(grpo_run)
-    with pytest.raises(SystemExit, match="--step 7: .* no such step; there are 1 to 2"):
+    with pytest.raises(ValueError, match="--step 7: .* no such step; there are 1 to 2"):
         report.report(grpo_run, step=7)
-    with pytest.raises(SystemExit, match="holds no metrics.jsonl"):
+    with pytest.raises(ValueError, match="holds no metrics.jsonl"):
         report.report(grpo_run / "rollouts")
     (grpo_run / "metrics.jsonl").write_text("")
-    with pytest.raises(SystemExit, match="has no step yet"):
+    with pytest.raises(ValueError, match="has no step yet"):
         report.report(grpo_run)
+    done = run(sys.executable, ROOT / "recipes/report.py", grpo_run)
+    assert done.returncode == 1 and done.stderr.startswith("report.py: "), done.stderr
+    assert "Traceback" not in done.stderr
 
 
-def test_an_older_run_is_coloured_by_advantage_alone(tmp_path, tokenizer, capsys):
-    rows = [answer(tokenizer, "good <b>", 0, 2.0, 1.0), answer(tokenizer, "bad", 0, -1.0, -0.2)]
-    write_run(tmp_path, [metrics(2)], without_token_lists(rows))
-    page = report.report(tmp_path)
-    assert '<pre class="u4">good &lt;b&gt;</pre>' in page and '<pre class="u-2">bad</pre>' in page
-    assert page.count("disabled>") == 2 and "coloured by the answer" in page
-    assert "coloured by the answer" in capsys.readouterr().err
-
-
-def test_a_missing_tokenizer_is_said_loudly(tmp_path, tokenizer, capsys):
-    rows = [answer(tokenizer, "good", 0, 2.0, 1.0), answer(tokenizer, "bad", 0, -1.0, -1.0)]
-    write_run(tmp_path, [metrics(2)], rows, model_name_or_path=str(tmp_path / "gone"))
-    page = report.report(tmp_path)
-    assert '<pre class="u4">good</pre>' in page and page.count("disabled>") == 2
-    for place in (page, capsys.readouterr().err):
-        assert "no tokenizer was found" in place and str(tmp_path / "gone") in place
+def test_what_the_colours_need_and_is_not_there(tmp_path, tokenizer):
+    row = answer(tokenizer, "good", 0, 2.0, 1.0)
+    write_run(tmp_path, [metrics(2)], [row], model_name_or_path=str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match="gone"):
+        report.report(tmp_path)
+    del row["logprobs"]
+    (tmp_path / "rollouts/step-000002.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="has no log-probs per token"):
+        report.report(tmp_path)
 
 
 def test_the_page_stays_small_and_says_what_it_cuts(tmp_path, demo, tokenizer):
@@ -279,14 +289,19 @@ def test_the_page_stays_small_and_says_what_it_cuts(tmp_path, demo, tokenizer):
             row["rollout_logprobs"] = [math.log(0.5) + (-1) ** k for k in range(row["length"])]
             rows.append(row)
     write_run(tmp_path, [metrics(i) for i in range(1, 3000)], rows,
-              model_name_or_path=str(demo / "base"))
+              model_name_or_path=str(demo / "base"), rollout_is_cap=2.0)
     page = report.report(tmp_path)
     assert len(page.encode()) < report.MAX_BYTES
     assert "tokens are left out here" in page and "8 of 12 different answers" in page
-    (tmp_path / "rollouts/step-000002.jsonl").write_text(
-        "\n".join(map(json.dumps, without_token_lists(rows))))
-    page = report.report(tmp_path)
-    assert len(page.encode()) < report.MAX_BYTES and "characters are left out here" in page
+    best, worst = page.index("<b>+5.50</b>"), page.index("<b>-5.50</b>")
+    assert best < worst  # both are shown, in order of advantage
+
+
+def test_the_overview_of_a_large_step_stays_small():
+    groups = [report.Group(index, [{"reward": i % 3, "outcome": "right"} for i in range(64)])
+              for index in range(512)]
+    svg = report.overview(groups, report.choose_groups(groups))
+    assert len(svg) < 120_000 and 'href="#group-0"' in svg
 
 
 def test_the_groups_that_are_chosen():
@@ -298,6 +313,9 @@ def test_the_groups_that_are_chosen():
               group(4, [1, 1], ["right", "right"]), group(7, [1, 3], ["right", "right"])]
     chosen = [(labels, g.index) for labels, g in report.choose_groups(groups)]
     assert chosen == [(["most mixed"], 3), (["best"], 7), (["worst"], 5), (["collapsed"], 4)]
+    without_label = group(6, [0, 0], ["wrong", "wrong"])
+    *_, last = report.choose_groups([groups[0], without_label, groups[1], groups[2]])
+    assert (last[0], last[1].index) == (["collapsed"], 6)  # not 4, which is the best already
     assert [g.index for _, g in report.choose_groups(groups[:1])] == [5]
     assert report.choose_groups(groups[:1])[0][0] == ["most mixed", "best", "worst", "collapsed"]
 
@@ -308,17 +326,16 @@ def test_the_groups_that_are_chosen():
 def test_what_a_token_is_coloured_by():
     row = {"advantage": -2.0, "weight": 0.1, "logprobs": [0.0, math.log(0.5), math.log(0.8)],
            "rollout_logprobs": [0.0, math.log(0.5), math.log(0.2)]}
-    update, logit, gap = zip(*report.update_of(row, cap=3.0), strict=True)
+    update, logit, gap = report.token_updates(row, cap=3.0)
     assert update == pytest.approx([-0.2, -0.2, -0.6])  # ratio 4, capped at 3
     assert logit == pytest.approx([0.0, -0.1, -0.12])  # times 1 - p
     assert gap == pytest.approx([0.0, 0.0, math.log(4)])
-    assert [u for u, _, _ in report.update_of(row, cap=0)] == pytest.approx([-0.2] * 3)
+    assert report.token_updates(row, cap=0)[0] == pytest.approx([-0.2] * 3)
 
 
 def test_shades():
-    bounds = (0.1, 0.2, 0.5, 1.0)
-    shades = [report.level(x, bounds) for x in (0, 0.09, 0.1, -0.3, 0.9, -1, 5)]
-    assert shades == [0, 0, 1, -2, 3, -4, 4]
+    found = report.shades([0, 0.09, 0.1, -0.3, 0.9, -1, 5], bounds=(0.1, 0.2, 0.5, 1.0))
+    assert found.tolist() == [0, 0, 1, -2, 3, -4, 4]
 
 
 def test_token_texts_add_up_to_the_text(tokenizer):
@@ -331,9 +348,6 @@ def test_token_texts_add_up_to_the_text(tokenizer):
     assert report.token_texts(tokenizer, cut)[-1].endswith("\ufffd")  # a broken end is not lost
 
 
-def test_numbers_and_ticks_for_people():
-    shown = [report.number(x) for x in (0, 1.4236, -0.5, 12345, 2.5e6, 4e-6, 1234, math.nan, None)]
-    assert shown == ["0", "1.42", "-0.5", "12.3k", "2.5M", "4.0e-6", "1,234", "none", "none"]
-    for low, high in ((0, 1), (-3, 2), (0.031, 0.0314), (0, 12345)):
-        assert 2 <= len(report.ticks(low, high)) <= 6
-        assert all(low <= y <= high * 1.000001 for y in report.ticks(low, high))
+def test_numbers_for_people():
+    shown = [report.number(x) for x in (0, 1.4236, -0.5, 12345, 4e-6, 1234, math.nan)]
+    assert shown == ["0", "1.42", "-0.5", "12,345", "4e-06", "1,234", "nan"]
