@@ -301,7 +301,7 @@ MAX_MEMBERS = 64  # of an unordered list, where each is compared with each
 MAX_SIDES = 8  # of a = b = c ...
 MAX_BITS = 40_000  # of an exact numerator or denominator: 2004! has 19,000
 MAX_EXPONENT_BITS = 200_000  # log2 of a rounded number
-MAX_ARGUMENT_BITS = 17  # log2 of a function's argument: sin(10^(10^9)) needs a billion digits of pi
+MAX_ARGUMENT_BITS = 60  # log2 of a function's argument: the sine of a larger one is lost in rounding
 
 
 def extract_answer(text, scope="full"):
@@ -377,21 +377,14 @@ def is_equal(prediction, gold):
     """
     if prediction is None or gold is None:
         return False
-    prediction, gold = str(prediction), str(gold)
-    if max(len(prediction), len(gold)) > MAX_CHARACTERS or "\0" in prediction + gold:
+    prediction, gold = str(prediction).strip(), str(gold).strip()
+    if not gold or max(len(prediction), len(gold)) > MAX_CHARACTERS:
         return False
-    if squeezed(prediction) == squeezed(gold):
-        return bool(gold.strip())
     try:
         with LOCK:
             return same_answer(prediction, gold)
     except (ArithmeticError, ValueError, RecursionError, MemoryError):
         return False  # a bound or a domain: undecided is different
-
-
-def squeezed(text):
-    """Without blanks, except between digits: 2 1/2 is not 21/2."""
-    return re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text.strip())
 
 
 def same_answer(prediction, gold):
@@ -424,10 +417,9 @@ def read(answer, thousands=True):
     Tree of an answer string.  thousands=False takes 1,234 as a list of two numbers, which it may be
     beside the list 234, 1.
     """
-    tokens = ()
+    tokens = answer
     try:
-        text = clean(answer, thousands)
-        tokens = tokenise(text, prose=is_prose(text))
+        tokens = tokenise(clean(answer, thousands))
         return Reader(tokens).answer()
     except (Unreadable, RecursionError):
         return ("unread", tuple(tokens))
@@ -480,8 +472,6 @@ UNITS = {spelling: line.split()[0] for line in """
 TYPED_UNITS = set("""mph unit people student way dog point time marble apple book car integer value
     pair solution th st nd rd sq square cubic per edge vertice number old coin game ball card ticket
     piece triangle children men women boy girl""".split())
-NUMBER_WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen
-    fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split()
 SIGNS = {"and": ",", "or": ",", "to": ":"}  # words that part members
 DIGITS = set("0123456789.")
 TOKEN = re.compile(r" +|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9.A-Za-z^]))?"
@@ -508,8 +498,6 @@ REWRITES = r"""
     ½ -> \\frac12   and its like
     ¼ -> \\frac14   ...
     ¾ -> \\frac34   ...
-    ∛ -> \\sqrt[3]   cube root
-    … -> \\dots~   no three periods
     [⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+ -> ^{\g<0>}   raised digits
     [₀-₎ₙ]+ -> _{\g<0>}   and lowered ones
     \\?\$|\\(?:left|right) *\.|(?<!\\)\\[()\[\]] -> ~   delimiters, dollars
@@ -530,7 +518,6 @@ REWRITES = r"""
     \{ *: *\} -> :   8{:}30
     \b([aApP])\. ?[mM]\b\.? -> \1m   p.m.
     \b([fgh]) *\^ *\{? *- *1 *\}? *(?=\() -> \1_{-1}   f^{-1}(x) is no power
-    \( *([0-9]+) *\) *_ -> \1_   (204)_5
     (?<![0-9A-Za-z\\{])([0-9]*[A-Z][0-9A-Z]+)(?= *_ *\{?1[1-6]) -> \\text{\1}   A5_{11}
     \\mathbb *\{? *R *\}?|ℝ -> (-\\infty,\\infty)   all numbers
     < *= -> \\le~   as typed
@@ -547,13 +534,10 @@ REWRITES = [(re.compile(pattern), new.replace("~", " ")) for pattern, new in re.
     r"^ {4}(.+?) -> (.*?)   .+$", REWRITES, re.MULTILINE)]
 MIXED = re.compile(r"(?<![0-9.^_A-Za-z}])([0-9]+)(?:(?: |~|\\[ ,!;:])*\\[dtc]?frac *\{ *([0-9]+)"
                    r" *\} *\{ *([0-9]+) *\}| +([0-9]+) */ *([0-9]+))")
-REPEATING = re.compile(r"(?<![0-9])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) *\{? *([0-9]+) *\}?")
 
 
 def clean(text, thousands=True):
     """Characters to plain LaTeX: delimiters gone, numbers in one form."""
-    if len(text) > MAX_CHARACTERS or "\0" in text:
-        raise Unreadable("too long, or a NUL character")
     text = re.sub(r"\s", " ", text).rstrip(" .\\")
     if re.search(r"\\\\[A-Za-z{}$%]", text) and not re.search(r"(?<!\\)(?:\\\\)*\\[A-Za-z]", text):
         text = text.replace("\\\\", "\\")  # every command was escaped once too often, as in JSON
@@ -561,10 +545,10 @@ def clean(text, thousands=True):
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
     if thousands:
-        bracket = re.search(r"(?:[(\[]|\\\{)[^)\]]*,|$", text).start()
+        bracket = re.search(r"(?:[(\[]|\\\{|\\row)[^)\]]*,|$", text).start()
         closed = PLAIN_THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[0]), text[:bracket])
         text = closed + text[bracket:]
-    text = unicodedata.normalize("NFKC", MIXED.sub(mixed, REPEATING.sub(repeating, text)))
+    text = unicodedata.normalize("NFKC", MIXED.sub(mixed, text))
     return text.lstrip(" ,;:~").rstrip(" .,;:~\\")
 
 
@@ -574,21 +558,6 @@ def mixed(found):
     if not 0 < int(top) < int(bottom):
         raise Unreadable("a number before a fraction that is not below 1")
     return rf"{{{whole}+\frac{{{top}}}{{{bottom}}}}}"
-
-
-def repeating(found):
-    r"""0.1\overline{6} is (16 - 1) / 90."""
-    whole, head, period = found.groups()
-    top = int(whole + head + period) - int(whole + head or 0)
-    return rf"\frac{{{top}}}{{{'9' * len(period)}{'0' * len(head)}}}"
-
-
-def is_prose(text):
-    r"""Words typed without \text: even, two lines, LQSX.  Short lower-case runs are products."""
-    runs = re.findall("[A-Za-z]+", text)
-    typed = re.fullmatch("[A-Za-z][A-Za-z ,'-]*(?: [0-9]+)?", text)
-    words = [run for run in runs if len(run) > 3 or run.isupper() and len(run) > 1]
-    return bool(typed and words and SAME.keys().isdisjoint(runs))
 
 
 def tokenise(text, prose=False):
@@ -610,8 +579,8 @@ def tokenise(text, prose=False):
         elif token in ACCENTS or token == "_" and before[0] == "$":  # part of a name
             content, at = argument(text, at)
             index = re.sub(r"\\text|\\mathrm|[{} ]", "", content)
-            if not index:
-                raise Unreadable(f"{token} of nothing")
+            if not index or index.isdigit() and token != "_":
+                raise Unreadable(f"{token} of nothing, or a repeating decimal")
             tokens.append((tokens.pop() if token == "_" else "$") + token + index)
         elif token == "'" and before[0] == "$":
             tokens[-1] += "'"
@@ -659,6 +628,8 @@ def letters(run, before):
         return [f'"{run}']
     if found := re.fullmatch("(arcsin|arccos|arctan|sin|cos|tan|ln|log|pi)([A-Za-z]{1,2})", run):
         return [*letters(found[1], " "), *letters(found[2], " ")]  # sinx, pir
+    if before == " " and len(run) > 3 and run[0].isupper():
+        return [f'"{run}']  # LQSX, Even
     return [f"${letter}" for letter in run]
 
 
@@ -680,9 +651,7 @@ STARTS = FUNCTIONS | OPENING - {r"\{"} | {r"\frac", r"\binom", r"\sqrt"}
 CONSTANTS = {name: ("const", name) for name in "eiπ∞"} | {"∅": ("seq", "set")}
 CALL = re.compile(r"(?:[fghFGHP]'*|[fgh]_-1)\(|[A-Za-z]'*\(\$?[A-Za-z0]\)")  # f(...), I(0)
 NO_UNIT = set("if when where for not mod is hundred thousand trillion".split())  # x if x > 0
-UNITS_TEXT = re.compile(r"([/*] )*([A-Za-z%-]+ (\^ (\{ )?(- )?[0-9] (\} )?)?([/*] )*)+")
-ONE_UNIT = re.compile(r"(square |sq |cubic |)([A-Za-z%]+) (?:\^ (?:\{ )?([0-9]) (?:\} )?)?")
-SHAPES = {"": 1, "square ": 2, "sq ": 2, "cubic ": 3}
+UNITS_TEXT = re.compile(r"([/*] )*([A-Za-z%-]+ (\^ (- )?[0-9] )?([/*] )*)+")
 
 
 class Reader:
@@ -798,20 +767,20 @@ class Reader:
             return left if base == number(10) else ("base", (left, base))
         if token == "°" and self.angles:  # in sin 30 degrees a factor, elsewhere a unit
             return product(left, quotient(CONSTANTS["π"], number(180)))
-        self.unit = f"{'deg' if token == '°' else token}^1"
+        self.unit = "deg" if token == "°" else token
         return left
 
     def units(self, left):
         """The words up to the end of the item: cm, square cm, kcal m^-2 yr^-1, miles / hour."""
-        words = [word.strip('"') for word in self.rest()]
+        words = [word.strip('"') for word in self.rest() if word not in ("{", "}")]
         names = [unit_name(word) for word in words]
-        text = "".join(f"{name or word} " for name, word in zip(names, words, strict=True))
+        text = " ".join(name or word for name, word in zip(names, words, strict=True)) + " "
         unknown = words[0] in ("/", "*") and not names[1]  # x/y is no x
         if unknown or not UNITS_TEXT.fullmatch(text) or not NO_UNIT.isdisjoint(words):
             raise Unreadable(f"{text} is no unit")
-        self.unit = text if any(names) else "?"
-        if any(names) and (found := ONE_UNIT.fullmatch(text)):
-            self.unit = f"{found[2]}^{found[3] or SHAPES[found[1]]}"
+        text = re.sub(r"\b(?:square|sq) (\S+)", r"\1 ^ 2", text)
+        text = re.sub(r"\bcubic (\S+)", r"\1 ^ 3", text)
+        self.unit = text.strip() if any(names) else "?"
         return left
 
     def rest(self):
@@ -844,13 +813,10 @@ class Reader:
         raise Unreadable(f"{token!r} is not the start of a value")
 
     def words(self, word):
-        """A lone letter, a number word, or a text up to the end of the item."""
+        """A lone letter, or a text up to the end of the item."""
         if self.next[:1] != '"' and len(word) == 1:
             return self.name(word)
-        rest = self.rest()
-        if not rest and word.lower() in NUMBER_WORDS:
-            return number(NUMBER_WORDS.index(word.lower()))
-        return ("text", re.sub(r'["${}]', "", "".join((word, *rest))).lower())
+        return ("text", re.sub(r'["${}]', "", "".join((word, *self.rest()))).lower())
 
     def name(self, name):
         """A constant, a variable, or an unknown function: f(x), I(0)."""
@@ -923,9 +889,8 @@ def joined(tag, label, left, right):
 
 def product(a, b):
     """a * b; a number times a matrix multiplies its entries."""
-    for scalar, other in ((a, b), (b, a)):
-        if other[:2] in (("seq", "matrix"), ("seq", "row")) and scalar[0] != "seq":
-            return (*other[:2], *(product(scalar, part) for part in other[2:]))
+    if b[:2] in (("seq", "matrix"), ("seq", "row")):
+        return (*b[:2], *(product(a, part) for part in b[2:]))
     return joined("op", "*", a, b)
 
 
@@ -953,7 +918,7 @@ def is_list(node):
 def same(p, g):
     """Equality of two trees."""
     if p == g:
-        return p != ("unread", ())
+        return True
     p_unit, g_unit = (node[1] if node[0] == "unit" else None for node in (p, g))
     if p_unit and g_unit and p_unit != g_unit and "?" not in (p_unit, g_unit):
         return False
@@ -978,7 +943,7 @@ def same(p, g):
 
 def without_unit(node, other_unit=None):
     r"""A value without its unit; 1000 m beside 1000\text{ m} ends in a letter that is one."""
-    if other_unit and node[:2] == ("op", "*") and other_unit == f"{node[-1][1]}^1".lower():
+    if other_unit and node[:2] == ("op", "*") and other_unit == str(node[-1][1]).lower():
         return node[2] if len(node) == 4 else node[:-1]
     return node[2] if node[0] == "unit" else node
 
@@ -1067,25 +1032,32 @@ def stated_values(relation):
     return [] if any(map(variables, values)) else values
 
 
-TURNED = {"=": "=", r"\ne": r"\ne", "<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
+UPWARD = {">": "<", r"\ge": r"\le"}
+
+
+def upward(relation):
+    """2 < x for x > 2."""
+    tag, ops, *sides = relation
+    if ops and set(ops) <= UPWARD.keys():
+        return (tag, tuple(UPWARD[op] for op in reversed(ops)), *reversed(sides))
+    return relation
 
 
 def same_relation(p, g):
-    """The same sides, in one order or the other; or one is a multiple of the other."""
-    (_, p_ops, *ps), (_, ops, *gs) = p, g
-    turned = tuple(TURNED.get(op) for op in reversed(p_ops))
-    readings = [sides for chain, sides in ((p_ops, ps), (turned, ps[::-1])) if chain == ops]
-    return any(same_each(sides, gs) or len(ops) == 1 and same_multiple(ops[0], sides, gs)
-               for sides in readings)
+    """The same sides; or one is a multiple of the other."""
+    (_, p_ops, *ps), (_, g_ops, *gs) = upward(p), upward(g)
+    if p_ops != g_ops:
+        return False
+    return same_each(ps, gs) or len(p_ops) == 1 and same_multiple(p_ops[0], ps, gs)
 
 
 def same_multiple(op, ps, gs):
     """Is left - right the same up to a constant factor, which an inequality needs positive?"""
-    if op not in TURNED or "seq" in {side[0] for side in (*ps, *gs)}:
+    if op not in ("=", r"\ne", "<", r"\le") or "seq" in {side[0] for side in (*ps, *gs)}:
         return False
     p, g = (joined("op", "+", left, negated(right)) for left, right in (ps, gs))
     try:
-        factor = MP.convert(evaluate(p, coordinate)) / MP.convert(evaluate(g, coordinate))
+        factor = evaluate(quotient(p, g), coordinate)
     except ArithmeticError:
         return False
     positive = MP.im(factor) == 0 and MP.re(factor) > 0
@@ -1114,7 +1086,7 @@ def same_expression(p, g):
         point = functools.partial(coordinate, k=k, whole=whole, signed=signed)
         try:
             a, b = evaluate(p, point), evaluate(g, point)
-        except ArithmeticError:  # a pole, the factorial of 1/2, a bound: try another point
+        except (ArithmeticError, ValueError):  # a pole or a bound: try another point
             continue
         if k % 2 and (MP.im(a) or MP.im(b)):
             continue  # a root or logarithm of a negative variable, which is not meant
@@ -1178,16 +1150,20 @@ def apply(name, *values):
         values = [MP.convert(x) for x in values]
     value = OPERATIONS[name](*values) if name in OPERATIONS else function(name, *values)
     if isinstance(value, Fraction):
-        if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+        if bits(value) > MAX_BITS:
             raise OverflowError("too many digits")
     elif not MP.isfinite(value):
         raise ZeroDivisionError("infinite")
     return value
 
 
+def bits(x):
+    return max(x.numerator.bit_length(), x.denominator.bit_length())
+
+
 def add(a, b):
     # the smaller one would be lost, and 10^40 + pi equal to 10^40
-    if not isinstance(a, Fraction) and a and b and abs(MP.mag(a) - MP.mag(b)) > 64:
+    if not isinstance(a, Fraction) and a and b and abs(MP.mag(a) - MP.mag(b)) > 96:
         raise OverflowError("a sum of very different sizes")
     return a + b
 
@@ -1195,9 +1171,7 @@ def add(a, b):
 def power(a, b):
     if not a:
         return a if MP.re(b) > 0 else 1 / a
-    if isinstance(a, Fraction) and b.denominator == 1:
-        if abs(b) * max(a.numerator.bit_length(), a.denominator.bit_length()) > MAX_BITS:
-            raise OverflowError("too many digits")
+    if isinstance(a, Fraction) and b.denominator == 1 and abs(b) * bits(a) <= MAX_BITS:
         return a ** int(b)
     a, b = MP.convert(a), MP.convert(b)
     if abs(b) * (abs(MP.mag(a)) + 1) > MAX_EXPONENT_BITS:
@@ -1212,34 +1186,19 @@ def root(x, n):
     return power(x, 1 / n)
 
 
-def factorial(n):
-    if not isinstance(n, Fraction) or n.denominator != 1 or n < 0:
-        raise ZeroDivisionError("the factorial of what is not whole")
-    if n > 4000:
-        raise OverflowError("a large factorial")
-    return Fraction(math.factorial(int(n)))
-
-
-def floor(x):
-    if isinstance(x, Fraction):
-        return Fraction(math.floor(x))
-    if MP.im(x) or MP.mag(x) > 100:
-        raise OverflowError("the floor of a complex or huge number")
-    nearest = MP.nint(x)  # log2(8) is 3, however it was rounded
-    return Fraction(int(nearest if abs(x - nearest) < TOLERANCE else MP.floor(x)))
-
-
-def function(name, x):
-    x = MP.convert(x)
-    if name != r"\ln" and x and MP.mag(x) > MAX_ARGUMENT_BITS:
+def function(name, *values):
+    r"""mpmath's function of the name: \arcsin is its asin."""
+    values = [MP.convert(x) for x in values]
+    if name in ("floor", "ceil") and MP.almosteq(*values, MP.nint(*values), TOLERANCE):
+        return MP.nint(*values)  # log2(8) is 3, however it was rounded
+    if name != r"\ln" and any(x and MP.mag(x) > MAX_ARGUMENT_BITS for x in values):
         raise OverflowError("a large argument")
-    return getattr(MP, name[1:].replace("arc", "a"))(x)  # of FUNCTIONS
+    return getattr(MP, MPMATH_NAMES.get(name, name).strip("\\").replace("arc", "a"))(*values)
 
 
-OPERATIONS = {"+": add, "*": operator.mul, "^": power, "root": root,
-              "neg": operator.neg, "abs": abs, "!": factorial, "floor": floor,
-              "ceil": lambda x: -floor(-x),
-              "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k)}
+OPERATIONS = {"+": add, "*": operator.mul, "^": power, "root": root, "neg": operator.neg,
+              "abs": abs}
+MPMATH_NAMES = {"!": "factorial", "binom": "binomial"}
 
 
 # --------------------------------------------------------------------------------------------------
