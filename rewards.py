@@ -296,7 +296,6 @@ def weighted_totals(parts, correct, rewards):
 # Bounds, each checked before the work it limits.
 MAX_CHARACTERS = 2000  # of an answer; the longest of MATH, Minerva and OlympiadBench has 252
 MAX_TOKENS = 600
-MAX_DEPTH = 80  # of operands inside operands
 MAX_MEMBERS = 64  # of an unordered list, where each is compared with each
 MAX_SIDES = 8  # of a = b = c ...
 MAX_BITS = 40_000  # of an exact numerator or denominator: 2004! has 19,000
@@ -389,12 +388,7 @@ def is_equal(prediction, gold):
 
 def same_answer(prediction, gold):
     p, g = read(prediction), read(gold)
-    if same(p, g) or same_choice(prediction, g) or same_choice(gold, p):
-        return True
-    if is_list(p) == is_list(g):
-        return False
-    p, g = read(prediction, thousands=False), read(gold, thousands=False)
-    return is_list(p) and p[1] == g[1] and same(p, g)
+    return same(p, g) or same_choice(prediction, g) or same_choice(gold, p)
 
 
 def same_choice(text, letter):
@@ -412,14 +406,11 @@ OTHER_CHOICE = re.compile(r"(?<![A-Za-z])(?:[A-J]|or)(?![A-Za-z])")
 
 
 @functools.lru_cache(maxsize=512)
-def read(answer, thousands=True):
-    """
-    Tree of an answer string.  thousands=False takes 1,234 as a list of two numbers, which it may be
-    beside the list 234, 1.
-    """
+def read(answer):
+    """Tree of an answer string."""
     tokens = answer
     try:
-        tokens = tokenise(clean(answer, thousands))
+        tokens = tokenise(clean(answer))
         return Reader(tokens).answer()
     except (Unreadable, RecursionError):
         return ("unread", tuple(tokens))
@@ -453,8 +444,8 @@ FUNCTIONS = TRIGONOMETRIC | set(r"\arcsin \arccos \arctan \ln \exp".split())
 SAME = {name[1:]: name for name in FUNCTIONS} | dict.fromkeys(LAYOUT, " ")
 for entry in re.split(r" {3}|\s*\n\s*", SPELLINGS.strip()):
     SAME |= dict.fromkeys(entry.split()[1:], entry.split()[0])
-SYMBOL_FONTS = set(r"\mathit \mathtt \boldsymbol \bm \mathcal \mathscr \mathfrak \mathbb".split())
-FONTS = SYMBOL_FONTS | {r"\mathbf", r"\mathsf", r"\operatorname"}
+FONTS = set(r"""\mathit \mathtt \boldsymbol \bm \mathcal \mathscr \mathfrak \mathbb \mathbf \mathsf
+    \operatorname""".split())
 PROSE = set(r"""\text \textbf \textit \textrm \textsf \texttt \textnormal \textup \mbox \hbox \emph
     \underline \mathrm""".split())
 ACCENTS = set(r"\overline \bar \vec \hat \dot \ddot \widehat \tilde \overrightarrow".split())
@@ -536,7 +527,7 @@ MIXED = re.compile(r"(?<![0-9.^_A-Za-z}])([0-9]+)(?:(?: |~|\\[ ,!;:])*\\[dtc]?fr
                    r" *\} *\{ *([0-9]+) *\}| +([0-9]+) */ *([0-9]+))")
 
 
-def clean(text, thousands=True):
+def clean(text):
     """Characters to plain LaTeX: delimiters gone, numbers in one form."""
     text = re.sub(r"\s", " ", text).rstrip(" .\\")
     if re.search(r"\\\\[A-Za-z{}$%]", text) and not re.search(r"(?<!\\)(?:\\\\)*\\[A-Za-z]", text):
@@ -544,10 +535,9 @@ def clean(text, thousands=True):
     text = MARKED_THOUSANDS.sub(lambda m: re.sub("[^0-9]", "", m[0]), text)
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    if thousands:
-        bracket = re.search(r"(?:[(\[]|\\\{|\\row)[^)\]]*,|$", text).start()
-        closed = PLAIN_THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[0]), text[:bracket])
-        text = closed + text[bracket:]
+    bracket = re.search(r"(?:[(\[]|\\\{|\\row)[^)\]]*,|$", text).start()
+    before = PLAIN_THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[0]), text[:bracket])
+    text = before + text[bracket:]
     text = unicodedata.normalize("NFKC", MIXED.sub(mixed, text))
     return text.lstrip(" ,;:~").rstrip(" .,;:~\\")
 
@@ -609,7 +599,7 @@ def styled(command, content):
     if name in SAME and name.isalpha():  # \operatorname{arcsin}
         return letters(name, " ")
     formula = re.search(r"[+=^_]|/[0-9]|\\[A-Za-z]|[0-9][A-Za-z]", content)
-    return tokenise(content.rstrip(" .\\"), prose=not formula and command not in SYMBOL_FONTS)
+    return tokenise(content.rstrip(" .\\"), prose=not formula)
 
 
 def unit_name(word):
@@ -626,8 +616,6 @@ def letters(run, before):
     is_unit = len(run) > 1 and (unit_name(run) or run.lower().removesuffix("s") in TYPED_UNITS)
     if is_unit and (after_value or before[0] == "$" and len(run) > 3):
         return [f'"{run}']
-    if found := re.fullmatch("(arcsin|arccos|arctan|sin|cos|tan|ln|log|pi)([A-Za-z]{1,2})", run):
-        return [*letters(found[1], " "), *letters(found[2], " ")]  # sinx, pir
     if before == " " and len(run) > 3 and run[0].isupper():
         return [f'"{run}']  # LQSX, Even
     return [f"${letter}" for letter in run]
@@ -663,7 +651,7 @@ class Reader:
 
     def __init__(self, tokens):
         self.tokens, self.at = [*tokens, ""], 0
-        self.depth = self.bars = self.angles = 0  # inside operands, |...|, arguments of a sine
+        self.bars = self.angles = 0  # inside |...|, inside the argument of a sine
         self.unit = None  # of the item that is being read
 
     @property
@@ -712,13 +700,9 @@ class Reader:
 
     def expression(self, strength=0):
         """An operand and all operators after it that bind more tightly than `strength`."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unreadable("nested too deeply")
         left = self.operand()
         while (binding := self.binding()) > strength:
             left = self.operation(left, binding)
-        self.depth -= 1
         return left
 
     def binding(self):
