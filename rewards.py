@@ -297,7 +297,6 @@ def weighted_totals(parts, correct, rewards):
 MAX_CHARACTERS = 2000  # of an answer; the longest of MATH, Minerva and OlympiadBench has 252
 MAX_TOKENS = 600
 MAX_MEMBERS = 64  # of an unordered list, where each is compared with each
-MAX_SIDES = 8  # of a = b = c ...
 MAX_BITS = 40_000  # of an exact numerator or denominator: 2004! has 19,000
 MAX_EXPONENT_BITS = 200_000  # log2 of a rounded number
 MAX_ARGUMENT_BITS = 60  # log2 of a function's argument: the sine of a larger one is lost in rounding
@@ -381,14 +380,10 @@ def is_equal(prediction, gold):
         return False
     try:
         with LOCK:
-            return same_answer(prediction, gold)
+            p, g = read(prediction), read(gold)
+            return same(p, g) or same_choice(prediction, g) or same_choice(gold, p)
     except (ArithmeticError, ValueError, RecursionError, MemoryError):
         return False  # a bound or a domain: undecided is different
-
-
-def same_answer(prediction, gold):
-    p, g = read(prediction), read(gold)
-    return same(p, g) or same_choice(prediction, g) or same_choice(gold, p)
 
 
 def same_choice(text, letter):
@@ -422,7 +417,7 @@ def read(answer):
 SPELLINGS = r"""
     * × · ⋅ ∙ • ∗ \cdot \times \ast \bullet   / ÷ ∕ ⁄ \div   - −   : ： \colon   < \lt   > \gt
     \pm ±   \mp ∓   , 、 ， ； \land \wedge \lor \vee   \le ≤ ⩽ ≦ \leq \leqslant \leqq   \in ∈
-    \ge ≥ ⩾ ≧ \geq \geqslant \geqq   \ne ≠ \neq   \approx ≈ ≅ \cong \simeq \doteq   \sim ∼
+    \ge ≥ ⩾ ≧ \geq \geqslant \geqq   \ne ≠ \neq   \sim ∼
     \equiv ≡   \to → \rightarrow   \implies ⇒ \Rightarrow   \cup ∪   \cap ∩   % \% ﹪
     | ∣ \lvert \rvert \vert \mid   \{ \lbrace   \} \rbrace   [ \lbrack   ] \rbrack   ( \lparen
     ) \rparen   \lfloor ⌊   \rfloor ⌋   \lceil ⌈   \rceil ⌉   \langle ⟨ 〈   \rangle ⟩ 〉
@@ -511,6 +506,8 @@ REWRITES = r"""
     \b([fgh]) *\^ *\{? *- *1 *\}? *(?=\() -> \1_{-1}   f^{-1}(x) is no power
     (?<![0-9A-Za-z\\{])([0-9]*[A-Z][0-9A-Z]+)(?= *_ *\{?1[1-6]) -> \\text{\1}   A5_{11}
     \\mathbb *\{? *R *\}?|ℝ -> (-\\infty,\\infty)   all numbers
+    ^(\s*[A-Za-z]?) *(?:\\(?:approx|simeq|cong)|[≈≅])|(?<==) *(?:\\approx|≈) -> \1=   x \approx 5.66
+    ([^ ,;]) *(?:\\(?:approx|simeq|cong)|[≈≅])[^,;]* -> \1   4\sqrt2 \approx 5.66
     < *= -> \\le~   as typed
     > *= -> \\ge~   as typed
     \*\* -> ^   as typed
@@ -597,7 +594,7 @@ def styled(command, content):
     if len(name) == 1 and name.isalpha() and (command in FONTS or name in "eid"):
         return ["$" + name]
     if name in SAME and name.isalpha():  # \operatorname{arcsin}
-        return letters(name, " ")
+        return tokenise(name)
     formula = re.search(r"[+=^_]|/[0-9]|\\[A-Za-z]|[0-9][A-Za-z]", content)
     return tokenise(content.rstrip(" .\\"), prose=not formula)
 
@@ -607,9 +604,7 @@ def unit_name(word):
 
 
 def letters(run, before):
-    """Tokens of a run of letters: a function without its backslash, a unit, or a product."""
-    if run in SAME:
-        return [SAME[run] if SAME[run].isascii() else "$" + SAME[run]]
+    """Tokens of a run of letters: a comma or colon, a unit, a word, or a product."""
     after_value = before[0] in DIGITS | {'"'} or before[-1] in ")}%°/"
     if run.lower() in SIGNS and (run.lower() != "to" or after_value):
         return [SIGNS[run.lower()]]
@@ -624,7 +619,7 @@ def letters(run, before):
 # ----- tokens to a tree
 
 # operators by how tightly they bind, the loosest first
-LEVELS = [r"= < > \le \ge \ne \approx \in \notin \sim \equiv \to \implies \subset \subseteq \perp",
+LEVELS = [r"= < > \le \ge \ne \in \notin \sim \equiv \to \implies \subset \subseteq \perp",
           r"\cup \cap", ":", r"+ - \pm \mp", "* /", "^ ! _ % °"]
 BINDING = {token: n for n, tokens in enumerate(LEVELS, 1) for token in tokens.split()}
 RELATION, UNION, RATIO, SUM, PRODUCT, POWER, UNIT = range(1, 8)
@@ -693,7 +688,7 @@ class Reader:
     def item(self):
         """One member: an expression or relation, and its unit."""
         outer, self.unit = self.unit, None
-        self.took("=", r"\approx")  # "= 5", "\approx 8.24"
+        self.took("=")  # "= 5"
         node = self.expression()
         unit, self.unit = self.unit, outer
         return ("unit", unit, node) if unit else node
@@ -735,9 +730,7 @@ class Reader:
             return joined("seq", token, left, right)
         if token in ("*", "/"):
             return product(left, right) if token == "*" else quotient(left, right)
-        if token != "+":
-            right = negated(right) if token == "-" else ("op", token, right)
-        return joined("op", "+", left, right)
+        return joined("op", "+", left, signed(token, right))
 
     def postfix(self, left, token):
         if token == "^":
@@ -764,7 +757,7 @@ class Reader:
             raise Unreadable(f"{text} is no unit")
         text = re.sub(r"\b(?:square|sq) (\S+)", r"\1 ^ 2", text)
         text = re.sub(r"\bcubic (\S+)", r"\1 ^ 3", text)
-        self.unit = text.strip() if any(names) else "?"
+        self.unit = text.strip() if any(names) else self.unit
         return left
 
     def rest(self):
@@ -782,8 +775,7 @@ class Reader:
         if token[0] == '"':
             return self.words(token[1:])
         if token in ("+", "-", r"\pm", r"\mp"):
-            node = self.expression(PRODUCT)
-            return node if token == "+" else negated(node) if token == "-" else ("op", token, node)
+            return signed(token, self.expression(PRODUCT))
         if token in OPENING:
             return self.bracket(token)
         if token == r"\frac":
@@ -804,13 +796,9 @@ class Reader:
 
     def name(self, name):
         """A constant, a variable, or an unknown function: f(x), I(0)."""
-        if not CALL.match(name + "".join(self.tokens[self.at:self.at + 3])):
-            return CONSTANTS.get(name) or ("var", name)
-        self.take()
-        members = self.members()
-        if not self.took(")"):
-            raise Unreadable("a bracket that does not close")
-        return ("call", name, *members)
+        if CALL.match(name + "".join(self.tokens[self.at:self.at + 3])):
+            return ("call", name, self.operand())
+        return CONSTANTS.get(name) or ("var", name)
 
     def root(self):
         index = number(2)
@@ -820,12 +808,10 @@ class Reader:
         return ("op", "root", self.operand(), index)
 
     def function(self, name):
-        power = base = None
+        marks = {}
         while self.next in ("^", "_"):
-            if self.take() == "^":
-                power = self.operand()
-            else:
-                base = self.operand()
+            mark = self.take()
+            marks[mark] = self.operand()
         self.angles += name in TRIGONOMETRIC
         if self.next in ("(", "{", "|"):
             inside = self.operand()
@@ -835,11 +821,12 @@ class Reader:
             while self.starts_factor() and self.next not in stops and self.next[0] not in DIGITS:
                 inside = product(inside, self.expression(PRODUCT))
         self.angles -= name in TRIGONOMETRIC
-        if power == number(-1) and name in TRIGONOMETRIC:
+        if marks.get("^") == number(-1) and name in TRIGONOMETRIC:
             return ("op", rf"\arc{name[1:]}", inside)
         node = ("op", name, inside)
-        node = quotient(node, ("op", name, base)) if base else node
-        return ("op", "^", node, power) if power else node
+        if "_" in marks:
+            node = quotient(node, ("op", name, marks["_"]))
+        return ("op", "^", node, marks["^"]) if "^" in marks else node
 
     def bracket(self, opening):
         r"""( ), [ ], { }, \{ \}, half-open intervals, |x|, floors, matrices."""
@@ -866,6 +853,10 @@ def negated(node):
     return ("num", -node[1]) if node[0] == "num" else ("op", "neg", node)
 
 
+def signed(sign, node):
+    return {"+": node, "-": negated(node)}.get(sign) or ("op", sign, node)
+
+
 def joined(tag, label, left, right):
     """left + right, left * right, left : right with the members of a longer chain side by side."""
     return (*left, right) if left[:2] == (tag, label) else (tag, label, left, right)
@@ -883,20 +874,12 @@ def quotient(a, b):
 
 
 def related(left, op, right):
-    """One more side of a chain a = b < c; what follows the value of 4 sqrt 2 ~ 5.66 is left out."""
+    """One more side of a chain a = b < c."""
     ops, *sides = left[1:] if left[0] == "rel" else ((), left)
-    if len(sides) == MAX_SIDES:
-        raise Unreadable("a long chain of relations")
-    if op == r"\approx" and not is_name(sides[-1]):
-        return left
-    return ("rel", (*ops, "=" if op == r"\approx" else op), *sides, right)
+    return ("rel", (*ops, op), *sides, right)
 
 
 # ----- trees compared part by part; p is of the prediction, g of the gold answer
-
-
-def is_list(node):
-    return node[0] == "seq" and node[1] in ("list", "set", "{}")
 
 
 def same(p, g):
@@ -904,7 +887,7 @@ def same(p, g):
     if p == g:
         return True
     p_unit, g_unit = (node[1] if node[0] == "unit" else None for node in (p, g))
-    if p_unit and g_unit and p_unit != g_unit and "?" not in (p_unit, g_unit):
+    if p_unit and g_unit and p_unit != g_unit:
         return False
     p, g = without_unit(p, g_unit), without_unit(g, p_unit)
     if p[0] == "rel" and g[0] != "rel":  # x = 5 for 5: every value that is stated must be right
@@ -921,7 +904,8 @@ def same(p, g):
     if "text" in (p[0], g[0]):  # even, typed without \text, reads as e v e n
         return spelled(p) == spelled(g)
     if p[0] == g[0] == "seq":
-        return p[1] == g[1] and same_sequence(p[1], p[2:], g[2:])
+        any_order = p[1] in (r"\cup", r"\cap")
+        return p[1] == g[1] and (same_members if any_order else same_each)(p[2:], g[2:])
     return {p[0], g[0]} <= {"num", "var", "const", "op", "call"} and same_expression(p, g)
 
 
@@ -935,7 +919,7 @@ def without_unit(node, other_unit=None):
 def members_of(node):
     r"""Members of a list or set, with \pm written out; any other node is its own only member."""
     node = without_unit(node)
-    if is_list(node):  # a set in a list stays one member
+    if node[0] == "seq" and node[1] in ("list", "set", "{}"):  # a set in a list is one member
         return [member for part in node[2:]
                 for member in ([part] if part[:2] == ("seq", "set") else members_of(part))]
     if contains(node, r"\pm", r"\mp"):
@@ -960,30 +944,15 @@ def same_each(ps, gs):
     return len(ps) == len(gs) and all(map(same, ps, gs))
 
 
-def same_sequence(style, ps, gs):
-    if style in (r"\cup", r"\cap"):
-        return same_members(ps, gs)
-    if style != ":" or len(ps) != len(gs) or number(0) in (*ps, *gs):
-        return same_each(ps, gs)
-    # 1:2 = 2:4 by cross products; a time such as 5:00 only term by term
-    return all(same(product(ps[0], g), product(p, gs[0])) for p, g in zip(ps, gs, strict=True))
-
-
 def same_members(ps, gs):
-    """Equal in any order.  The first free partner will do: equality is all but transitive."""
+    """Equal in any order: each member has as many equals on one side as on the other."""
     if len(ps) != len(gs) or len(ps) > MAX_MEMBERS:
         return False
     p_names, g_names = ({x[2] for x in map(without_unit, members)
                          if x[0] == "rel" and is_name(x[2])} for members in (ps, gs))
     if len(p_names | g_names) > 1 and p_names != g_names:
         return False  # a = 2, b = 3 is not 2, 3, which does not say whose
-    free = list(gs)
-    for p in ps:
-        partner = next((i for i, g in enumerate(free) if same(p, g)), None)
-        if partner is None:
-            return False
-        del free[partner]
-    return True
+    return all(sum(same(p, q) for q in ps) == sum(same(p, g) for g in gs) for p in ps)
 
 
 def spelled(node):
@@ -1086,8 +1055,7 @@ def close(a, b):
     """Equal, or to 30 digits."""
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
-    a, b = MP.convert(a), MP.convert(b)
-    return bool(abs(a - b) <= TOLERANCE * min(abs(a), abs(b)))
+    return MP.almosteq(MP.convert(a), MP.convert(b), TOLERANCE, 0)
 
 
 @functools.lru_cache(maxsize=2048)

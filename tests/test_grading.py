@@ -167,7 +167,7 @@ EQUAL = {
         \frac15\begin{pmatrix}1&0\\2&-1\end{pmatrix} == \begin{bmatrix}1/5&0\\.4&-.2\end{bmatrix}
         \left[\begin{array}{cc}1&2\\3&x\end{array}\right] == \begin{matrix}1&2\\3&x\end{matrix}""",
     "ratios and bases": r"""
-        1:2 == 1 : 2 == 2:4 == 1\colon 2 == 1\text{ to }2
+        1:2 == 1 : 2 == \frac22:2 == 1\colon 2 == 1\text{ to }2
         204_5 == 204_{5} == (204)_5 == 204_{\text{5}} == 204₅
         24_{10} == 24
         \text{A5}_{11} == A5_{11}""",
@@ -237,7 +237,7 @@ UNEQUAL = {
         \text{A,B} != \text{A,C}""",
     "bases and ratios": r"""
         204_5 != 204; 204_5 != 204_6; 204_5 != 54; 4343_6 != 4343_7; 1:4 != \frac14
-        1:4 != 4:1; 5:00 != 15:00
+        1:4 != 4:1; 1:4 != 2:8; 5:00 != 15:00
         8:34\text{ a.m.} != 8:34\text{ p.m.}""",
     "percent and units": r"""
         28\% != 0.28; 28\% != 2800; 5 cm != 5 m; 5\text{ cm} != 5\text{ km}
