@@ -633,8 +633,9 @@ ENDS = CLOSING | set(LEVELS[0].split()) | {",", ";"}
 STARTS = FUNCTIONS | OPENING - {r"\{"} | {r"\frac", r"\binom", r"\sqrt"}
 CONSTANTS = {name: ("const", name) for name in "eiπ∞"} | {"∅": ("seq", "set")}
 CALL = re.compile(r"(?:[fghFGHP]'*|[fgh]_-1)\(|[A-Za-z]'*\(\$?[A-Za-z0]\)")  # f(...), I(0)
-NO_UNIT = set("if when where for not mod is hundred thousand trillion".split())  # x if x > 0
-UNITS_TEXT = re.compile(r"([/*] )*([A-Za-z%-]+ (\^ (- )?[0-9] )?([/*] )*)+")
+# words with powers, * and /; but 5 thousand is not 5, and x if x > 0 is not x
+UNITS_TEXT = re.compile(r"([/*] )*((?!(?:if|when|where|for|not|mod|is|hundred|thousand|trillion)\b)"
+                        r"[A-Za-z%-]+ (\^ (- )?[0-9] )?([/*] )*)+")
 
 
 class Reader:
@@ -753,7 +754,7 @@ class Reader:
         names = [unit_name(word) for word in words]
         text = " ".join(name or word for name, word in zip(names, words, strict=True)) + " "
         unknown = words[0] in ("/", "*") and not names[1]  # x/y is no x
-        if unknown or not UNITS_TEXT.fullmatch(text) or not NO_UNIT.isdisjoint(words):
+        if unknown or not UNITS_TEXT.fullmatch(text):
             raise Unreadable(f"{text} is no unit")
         text = re.sub(r"\b(?:square|sq) (\S+)", r"\1 ^ 2", text)
         text = re.sub(r"\bcubic (\S+)", r"\1 ^ 3", text)
@@ -815,10 +816,9 @@ class Reader:
         self.angles += name in TRIGONOMETRIC
         if self.next in ("(", "{", "|"):
             inside = self.operand()
-        else:  # sin 2 pi x takes all factors up to the next function, bracket or operator
+        else:  # sin 2 pi x takes all names that follow
             inside = self.expression(PRODUCT)
-            stops = FUNCTIONS | {"(", "[", "|"}
-            while self.starts_factor() and self.next not in stops and self.next[0] not in DIGITS:
+            while self.next[:1] == "$":
                 inside = product(inside, self.expression(PRODUCT))
         self.angles -= name in TRIGONOMETRIC
         if marks.get("^") == number(-1) and name in TRIGONOMETRIC:
