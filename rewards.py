@@ -286,9 +286,9 @@ def weighted_totals(parts, correct, rewards):
 #      another answer
 #    - x = 5 is 5 and y = 2x + 3 is 2x + 3; z = 5 and 2t + 3 are not
 #    - \{1,2\} = 1,2 in any order; (1,2) and [1,2] are neither that nor each other
-#    - 204_5 is not 204;  1:2 = 2:4 but not 1/2;  an inequality is not an interval
+#    - 204_5 is not 204;  1:2 is neither 1/2 nor 2:4;  an inequality is not an interval
 #    - 2 + 4 = 6: unsimplified is still right; a comma never marks decimals
-#    - a decimal is that number: 0.33333333 is not 1/3
+#    - a decimal is that number: 0.33333333 is not 1/3; a repeating decimal cannot be read
 #    - a choice may bring its text: "C) 12" is C; but not a second letter, "C) or D)"
 #    Sums, integrals, limits and set-builder notation are equal only as the same tokens.
 # --------------------------------------------------------------------------------------------------
@@ -595,7 +595,7 @@ def styled(command, content):
         return ["$" + name]
     if name in SAME and name.isalpha():  # \operatorname{arcsin}
         return tokenise(name)
-    formula = re.search(r"[+=^_]|/[0-9]|\\[A-Za-z]|[0-9][A-Za-z]", content)
+    formula = re.search(r"[+=^_]|[-/][0-9]|\\[A-Za-z]|[0-9][A-Za-z]", content)
     return tokenise(content.rstrip(" .\\"), prose=not formula)
 
 
@@ -1070,9 +1070,11 @@ def coordinate(name, k=0, whole=False, signed=False):
     """The k-th value of a variable, the same in every process."""
     if whole:  # without repetition: floor(n/8) and floor((n+1)/8) differ at every eighth number
         return Fraction(random.Random(name).sample(range(3, 41), 38)[k % 38])
-    value = Fraction(random.Random(f"{name} {k}").randint(501, 3999), 997)
+    draw = random.Random(f"{name} {k}")
+    value = Fraction(draw.randint(501, 3999), 997)
     # sqrt(x^2) is not x, but sqrt(r^2) is r: other letters are lengths and the like
-    return -value if k % 2 and (signed or name in ("x", "y", "z")) else value
+    negative = draw.random() < 0.5 if signed else name in ("x", "y", "z")
+    return -value if k % 2 and negative else value
 
 
 def evaluate(node, point):

@@ -179,7 +179,8 @@ EQUAL = {
         \text{A, D, F} == F, D, A
         LQSX == \text{LQSX}
         \text{e} == e
-        \text{5n+10} == 5n+10 == \mathbf{5n+10} == \text{10 + 5n.}""",
+        \text{5n+10} == 5n+10 == \mathbf{5n+10} == \text{10 + 5n.}
+        n(n-1)/2 == \boldsymbol{n(n-1)/2} == \frac{n^2-n}{2}""",
     "what models put around an answer": r"""
         **118** == 118 == \textbf{118}
         **\frac{5}{7}** == \frac57
@@ -255,7 +256,8 @@ UNEQUAL = {
         x^2 != x^3; x+1 != x-1; 2x != 2y; \sin x != \cos x; \sqrt{3} != \sqrt{5}
         \sqrt[3]{2} != \sqrt{2}
         \pi != 3\pi; i != -i; -x^2 != (-x)^2; \sqrt{x^2} != x; \sqrt{(y-1)^2} != y-1; |-x^3| != -x^3
-        f(2x) != 2f(x); f() != f(x); x=x^2 != x^2; \lfloor x\rfloor != 0
+        f(2x) != 2f(x); f() != f(x); |xy| != xy; x=x^2 != x^2
+        \lfloor x\rfloor != 0
         \frac{1}{2}x != \frac{1}{2x}; 2^{3x} != 2^{3}x; |x| != x; \lfloor x\rfloor != x
         \lfloor n/8\rfloor != \lfloor (n+1)/8\rfloor; \lfloor n/4\rfloor != \lfloor (n+1)/4\rfloor
         \lfloor n/2\rfloor != \lceil n/2\rceil; n! != n; x_1 != x_2
