@@ -299,7 +299,7 @@ MAX_TOKENS = 600
 MAX_MEMBERS = 64  # of an unordered list, where each is compared with each
 MAX_BITS = 40_000  # of an exact numerator or denominator: 2004! has 19,000
 MAX_EXPONENT_BITS = 200_000  # log2 of a rounded number
-MAX_ARGUMENT_BITS = 60  # log2 of a function's argument: the sine of a larger one is lost in rounding
+MAX_ARGUMENT_BITS = 60  # log2 of a function's argument: 50 digits say little of a larger one's sine
 
 
 def extract_answer(text, scope="full"):
@@ -506,8 +506,8 @@ REWRITES = r"""
     \b([fgh]) *\^ *\{? *- *1 *\}? *(?=\() -> \1_{-1}   f^{-1}(x) is no power
     (?<![0-9A-Za-z\\{])([0-9]*[A-Z][0-9A-Z]+)(?= *_ *\{?1[1-6]) -> \\text{\1}   A5_{11}
     \\mathbb *\{? *R *\}?|ℝ -> (-\\infty,\\infty)   all numbers
-    ^(\s*[A-Za-z]?) *(?:\\(?:approx|simeq|cong)|[≈≅])|(?<==) *(?:\\approx|≈) -> \1=   x \approx 5.66
-    ([^ ,;]) *(?:\\(?:approx|simeq|cong)|[≈≅])[^,;]* -> \1   4\sqrt2 \approx 5.66
+    ((?:^|[,;])(?:(?!\\pi)[^,;0-9π])*)(?:\\(?:approx|simeq|cong)|[≈≅]) -> \1=   \theta \approx 5
+    ([^ ,;]) *(?:\\(?:approx|simeq|cong)|[≈≅])[^,;]* -> \1   4\sqrt2 \approx 5.7
     < *= -> \\le~   as typed
     > *= -> \\ge~   as typed
     \*\* -> ^   as typed

@@ -124,7 +124,10 @@ EQUAL = {
         \angle ABC=30^\circ == 30
         \text{Area}=5 == 5
         x = 2+3 = 5 == 5
-        x\approx 5.66 == 5.66 == \approx 5.66""",
+        x\approx 5.66 == 5.66 == \approx 5.66 == 5.66\approx 5.7
+        \theta\approx 5.66 == 5.66
+        \pi == \pi\approx 3.14
+        x\approx 5.6, y\approx 3 == y=3,x=5.6""",
     "equations": r"""
         x+y=5 == y+x=5 == 5=x+y == 2x+2y=10 == x+y-5=0
         x^2-1=0 == (x-1)(x+1)=0
@@ -162,7 +165,7 @@ EQUAL = {
     "matrices": r"""
         \begin{pmatrix}1\\2\end{pmatrix} == \begin{bmatrix}1\\2\end{bmatrix}
         \begin{pmatrix}1\\2\end{pmatrix} == \begin{pmatrix} 1 \\[2pt] 2.0 \\ \end{pmatrix}
-        \begin{pmatrix}301&100\\-900&-299\end{pmatrix} == \begin{matrix} 301 & 100 \\ -900 & -299 \end{matrix}
+        \begin{pmatrix}301&100\\x&2\end{pmatrix} == \begin{matrix} 301 & 100 \\ x & 2 \end{matrix}
         \begin{pmatrix}1\\2\end{pmatrix} == \left(\begin{array}{c}1\\2\end{array}\right)
         \frac15\begin{pmatrix}1&0\\2&-1\end{pmatrix} == \begin{bmatrix}1/5&0\\.4&-.2\end{bmatrix}
         \left[\begin{array}{cc}1&2\\3&x\end{array}\right] == \begin{matrix}1&2\\3&x\end{matrix}""",
@@ -223,6 +226,7 @@ UNEQUAL = {
         3 ?? 4 ?? 5 != 5; 2? 3? 17 != 17; ??? 5 != 5; 5 or 6 != 5; 5, 6 != 6; 5,6 != 56
         \{5,6\} != 5
         \pm 2 != 2; 1\pm\sqrt2 != 1+\sqrt2; \frac12, 5 != 5
+        5, \approx 6 != 5; 5, 6\approx 7 != 5
         x=5, y=6 != 5; 4\text{ or }5 != 5; \text{not }5 != 5""",
     "brackets": r"""
         (1,2) != (2,1); (1,2) != [1,2]; (1,2) != (1,2]; [1,2) != (1,2]; (1,2) != 1,2
