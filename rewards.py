@@ -609,10 +609,9 @@ def letters(run, before):
     if run.lower() in SIGNS and (run.lower() != "to" or after_value):
         return [SIGNS[run.lower()]]
     is_unit = len(run) > 1 and (unit_name(run) or run.lower().removesuffix("s") in TYPED_UNITS)
-    if is_unit and (after_value or before[0] == "$" and len(run) > 3):
+    starts = before == " " and run[0].isupper() and len(run) > 3  # LQSX, Even
+    if starts or is_unit and (after_value or before[0] == "$" and len(run) > 3):
         return [f'"{run}']
-    if before == " " and len(run) > 3 and run[0].isupper():
-        return [f'"{run}']  # LQSX, Even
     return [f"${letter}" for letter in run]
 
 
