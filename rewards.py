@@ -895,9 +895,8 @@ def same(p, g):
     if g[0] == "rel" and p[0] != "rel":  # a gold answer may state its value twice: 0.56 = 56%
         return any(same(p, value) for value in stated_values(g))
     ps, gs = members_of(p), members_of(g)
-    if len(ps) != 1 or len(gs) != 1:
+    if ps != [p] or gs != [g]:
         return same_members(ps, gs)
-    (p,), (g,) = ps, gs
     if p[0] == g[0] == "rel":
         return same_relation(p, g)
     if "text" in (p[0], g[0]):  # even, typed without \text, reads as e v e n
@@ -916,14 +915,10 @@ def without_unit(node, other_unit=None):
 
 
 def members_of(node):
-    r"""Members of a list or set, with \pm written out; any other node is its own only member."""
-    node = without_unit(node)
-    if node[0] == "seq" and node[1] in ("list", "set", "{}"):  # a set in a list is one member
-        return [member for part in node[2:]
-                for member in ([part] if part[:2] == ("seq", "set") else members_of(part))]
-    if contains(node, r"\pm", r"\mp"):
-        return [with_sign(node, r"\pm"), with_sign(node, r"\mp")]
-    return [node]
+    r"""Members of a list or set, each with \pm as two; any other node is its own only member."""
+    several = node[0] == "seq" and node[1] in ("list", "set", "{}")
+    return [member for part in (node[2:] if several else [node])
+            for member in dict.fromkeys((with_sign(part, r"\pm"), with_sign(part, r"\mp")))]
 
 
 def contains(node, *labels):
