@@ -32,10 +32,7 @@ EQUAL = {
     "decimals": r"""
         .5 == 0.5 == \frac12 == 0.50 == 1/2 == \frac{1}{2} == 5\cdot 10^{-1} == 2^{-1}
         0.28 == \frac{7}{25}
-        -3.5 == -\frac{7}{2} == -7/2 == \frac{-7}{2} == \frac{7}{-2}
-        0.\overline{3} == \frac13
-        0.1\overline{6} == \frac16
-        1.\overline{27} == \frac{14}{11}""",
+        -3.5 == -\frac{7}{2} == -7/2 == \frac{-7}{2} == \frac{7}{-2}""",
     "fractions": r"""
         \frac{3}{4} == \dfrac{3}{4} == \tfrac34 == \frac34 == \frac 3 4 == \frac3{4}
         \frac{3}{4} == \cfrac{3}{4} == 3/4
@@ -115,7 +112,6 @@ EQUAL = {
         12 N == 12\text{ N} == 12\text{ newtons}
         8\!:\!34 \text{ p.m.} == 8:34 pm == 8:34 p.m. == 8:34 PM == 8{:}34\text{ pm}
         5 million == 5000000 == 5\text{ million}
-        \text{four} == 4 == four
         60\text{ miles per hour} == 60\text{ miles/hour} == 60 mph == 60
         28\% == 28 pct == 28\text{ percentage}
         2\,\mathrm{m/s} == 2
@@ -128,7 +124,10 @@ EQUAL = {
         \angle ABC=30^\circ == 30
         \text{Area}=5 == 5
         x = 2+3 = 5 == 5
-        x\approx 5.66 == 5.66 == \approx 5.66""",
+        x\approx 5.66 == 5.66 == \approx 5.66 == 5.66\approx 5.7
+        \theta\approx 5.66 == 5.66
+        \pi == \pi\approx 3.14
+        x\approx 5.6, y\approx 3 == y=3,x=5.6""",
     "equations": r"""
         x+y=5 == y+x=5 == 5=x+y == 2x+2y=10 == x+y-5=0
         x^2-1=0 == (x-1)(x+1)=0
@@ -150,7 +149,7 @@ EQUAL = {
         (1,2),(3,4) == (3,4),(1,2) == (1,2)\text{ and }(3,4) == \{(1,2),(3,4)\}
         AB=9, CD=4 == CD=4, AB=9
         \{1\pm\sqrt{5},-2\} == -2,1+\sqrt5,1-\sqrt5
-        100, 200, 300 == 300,200,100
+        100, 200, 300 == 300, 200, 100
         \emptyset == \varnothing == \{\} == ∅""",
     "tuples and intervals": r"""
         (2,3) == (2, 3) == \left( 2,\ 3 \right) == (2.0,\frac{6}{2}) == \bigl(2,3\bigr)
@@ -166,11 +165,12 @@ EQUAL = {
     "matrices": r"""
         \begin{pmatrix}1\\2\end{pmatrix} == \begin{bmatrix}1\\2\end{bmatrix}
         \begin{pmatrix}1\\2\end{pmatrix} == \begin{pmatrix} 1 \\[2pt] 2.0 \\ \end{pmatrix}
+        \begin{pmatrix}301&100\\x&2\end{pmatrix} == \begin{matrix} 301 & 100 \\ x & 2 \end{matrix}
         \begin{pmatrix}1\\2\end{pmatrix} == \left(\begin{array}{c}1\\2\end{array}\right)
         \frac15\begin{pmatrix}1&0\\2&-1\end{pmatrix} == \begin{bmatrix}1/5&0\\.4&-.2\end{bmatrix}
         \left[\begin{array}{cc}1&2\\3&x\end{array}\right] == \begin{matrix}1&2\\3&x\end{matrix}""",
     "ratios and bases": r"""
-        1:2 == 1 : 2 == 2:4 == 1\colon 2 == 1\text{ to }2
+        1:2 == 1 : 2 == \frac22:2 == 1\colon 2 == 1\text{ to }2
         204_5 == 204_{5} == (204)_5 == 204_{\text{5}} == 204₅
         24_{10} == 24
         \text{A5}_{11} == A5_{11}""",
@@ -182,7 +182,8 @@ EQUAL = {
         \text{A, D, F} == F, D, A
         LQSX == \text{LQSX}
         \text{e} == e
-        \text{5n+10} == 5n+10 == \mathbf{5n+10} == \text{10 + 5n.}""",
+        \text{5n+10} == 5n+10 == \mathbf{5n+10} == \text{10 + 5n.}
+        n(n-1)/2 == \boldsymbol{n(n-1)/2} == \frac{n^2-n}{2}""",
     "what models put around an answer": r"""
         **118** == 118 == \textbf{118}
         **\frac{5}{7}** == \frac57
@@ -201,6 +202,8 @@ EQUAL = {
 }
 UNEQUAL = {
     "numbers": r"""
+        0.\overline{3} != 0; 1.\overline{27} != 1; 0.\bar 3 != 3; 25!+1 != 25!
+        \lfloor 5.5\rfloor != 6
         2 != 3; 5 != -5; .2 != 2; 2.5 != 25; 12 != 1 2; 21/2 != 2 1/2; 12 != 21; \frac12 != 12
         \frac{1}{2} != \frac{2}{1}; 1,234 != 1,235
         1000 != 1,00; 100,000 != 100; 0.5 != -0.5; 5/0 != 5; 0/0 != 0; \text{.5} != 5
@@ -223,6 +226,7 @@ UNEQUAL = {
         3 ?? 4 ?? 5 != 5; 2? 3? 17 != 17; ??? 5 != 5; 5 or 6 != 5; 5, 6 != 6; 5,6 != 56
         \{5,6\} != 5
         \pm 2 != 2; 1\pm\sqrt2 != 1+\sqrt2; \frac12, 5 != 5
+        5, \approx 6 != 5; 5, 6\approx 7 != 5
         x=5, y=6 != 5; 4\text{ or }5 != 5; \text{not }5 != 5""",
     "brackets": r"""
         (1,2) != (2,1); (1,2) != [1,2]; (1,2) != (1,2]; [1,2) != (1,2]; (1,2) != 1,2
@@ -238,7 +242,7 @@ UNEQUAL = {
         \text{A,B} != \text{A,C}""",
     "bases and ratios": r"""
         204_5 != 204; 204_5 != 204_6; 204_5 != 54; 4343_6 != 4343_7; 1:4 != \frac14
-        1:4 != 4:1; 5:00 != 15:00
+        1:4 != 4:1; 1:4 != 2:8; 5:00 != 15:00
         8:34\text{ a.m.} != 8:34\text{ p.m.}""",
     "percent and units": r"""
         28\% != 0.28; 28\% != 2800; 5 cm != 5 m; 5\text{ cm} != 5\text{ km}
@@ -256,7 +260,8 @@ UNEQUAL = {
         x^2 != x^3; x+1 != x-1; 2x != 2y; \sin x != \cos x; \sqrt{3} != \sqrt{5}
         \sqrt[3]{2} != \sqrt{2}
         \pi != 3\pi; i != -i; -x^2 != (-x)^2; \sqrt{x^2} != x; \sqrt{(y-1)^2} != y-1; |-x^3| != -x^3
-        f(2x) != 2f(x); f() != f(x); x=x^2 != x^2; \lfloor x\rfloor != 0
+        f(2x) != 2f(x); f() != f(x); |xy| != xy; x=x^2 != x^2
+        \lfloor x\rfloor != 0
         \frac{1}{2}x != \frac{1}{2x}; 2^{3x} != 2^{3}x; |x| != x; \lfloor x\rfloor != x
         \lfloor n/8\rfloor != \lfloor (n+1)/8\rfloor; \lfloor n/4\rfloor != \lfloor (n+1)/4\rfloor
         \lfloor n/2\rfloor != \lceil n/2\rceil; n! != n; x_1 != x_2
