@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import random
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -77,24 +78,23 @@ def iterate_rows(dataset, columns=None):
     """
     Yield each row of a data set as a dict; a Dropped in the place of one that cannot be read.
 
-    dataset: a .json, .jsonl, .csv (all also .gz) or .parquet file, a folder of such files or one
-    saved by `datasets`, or a hub id. columns: the only ones to read, where the format allows it.
-    Only a JSON list is held in memory. Raises DataError when the source cannot be read.
+    columns: the only ones to read, where the format allows it. Of the formats only a JSON list is
+    held in memory whole. Raises DataError when the source cannot be read.
     """
     name, config, split = split_name(dataset)
     path = Path(name)
     ending = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     readers = {"json": json_rows, "jsonl": json_rows, "csv": csv_rows, "parquet": parquet_rows}
-    is_hub_id = name.count("/") == 1 and name[0] not in "./" and ending not in readers
-    if path.is_file() and (split or ending not in readers):
-        raise DataError(f"{dataset}: want .json, .jsonl, .csv (or .gz) or .parquet, no split")
-    if not name or not path.exists() and not is_hub_id:
-        raise DataError(f"data set {dataset} does not exist: no file, no folder, no hub id")
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and ending not in readers
     try:
-        if path.is_file():
+        if path.is_file() and ending in readers and not split:
             yield from readers[ending](path, columns)
-        else:
+        elif path.is_file():
+            raise DataError(f"{dataset}: want .json, .jsonl, .csv (or .gz) or .parquet, no split")
+        elif name and path.is_dir() or is_hub_id:
             yield from library_rows(name, config, split or "train", columns)
+        else:
+            raise DataError(f"data set {dataset} does not exist: no file, no folder, no hub id")
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001  (the readers raise a dozen unrelated types)
@@ -160,12 +160,8 @@ def library_rows(name, config, split, columns):
 
 
 def table_rows(table):
-    """
-    Rows of an Arrow table as dicts.
-
-    A float32 becomes the shortest decimal that rounds to it: widened by its bits, 0.1 would be the
-    gold answer 0.10000000149011612, and every right answer wrong.
-    """
+    """Rows of an Arrow table as dicts; a float32 as the shortest decimal that rounds to it."""
+    # Widened by its bits, 0.1 would be the gold 0.10000000149011612, and every right answer wrong.
     import pyarrow
 
     def replaced(kind, leaf):
@@ -214,11 +210,7 @@ def chat_turns(row, column):
 
 
 def clean_messages(chat, row, system_prompt, turn, notes):
-    """
-    Messages with role and content alone, the texts as checked_text returns them.
-
-    The system message is the chat's own, or the row's column `system`, or else system_prompt.
-    """
+    """Messages with role and content alone; a system message is put before those without one."""
     own, column = chat[0]["role"] == "system", row.get("system")
     if own and column:
         raise Dropped("a column system beside a system message")
@@ -231,16 +223,12 @@ def clean_messages(chat, row, system_prompt, turn, notes):
 
 
 def checked_text(text, role, turn, notes):
-    """
-    The text, without an end of turn that it has already: the template writes one.
-
-    Raises Dropped for a text with any other special token, which would become a control token.
-    """
+    """The text, without an end of turn of its own: the template writes one. Raises Dropped."""
     if not isinstance(text, str):
         raise Dropped(f"{role} text is not a string")
-    if stop := next((stop for stop in turn.stops if text.rstrip().endswith(stop)), None):
-        text = text.rstrip().removesuffix(stop)
-        notes[f"ended in {stop!r} already (one removed)"] += 1
+    if ends := [stop for stop in turn.stops if text.rstrip().endswith(stop)]:
+        text = text.rstrip().removesuffix(ends[0])
+        notes[f"ended in {ends[0]!r} already (one removed)"] += 1
     if not text.strip():
         raise Dropped(f"empty {role} text")
     if inside := [token for token in turn.control if token in text]:
@@ -255,12 +243,13 @@ def row_messages(row, turn, problem_column, generation_column, system_prompt, no
     A row has messages, or conversations, or problem and generation. Only its last assistant turn is
     trained; earlier ones must say so by weight 0.
     """
-    column = next((name for name in CHAT_COLUMNS if row.get(name)), None)
+    columns = [name for name in CHAT_COLUMNS if row.get(name)]
     missing = [name for name in (problem_column, generation_column) if name not in row]
-    if column:
-        chat = chat_turns(row, column)
+    if columns:
+        chat = chat_turns(row, columns[0])
         if not missing:
-            notes[f"with {column}, {problem_column} and {generation_column}: {column} taken"] += 1
+            both = f"{problem_column} and {generation_column}"
+            notes[f"with {columns[0]}, {both}: {columns[0]} taken"] += 1
     elif missing:
         raise Dropped(f"no column {missing[0]!r}")
     else:
@@ -269,19 +258,20 @@ def row_messages(row, turn, problem_column, generation_column, system_prompt, no
         chat = [*prompt_messages(row[problem_column]), answer]
     if chat[-1]["role"] != "assistant":
         raise Dropped("no assistant turn at the end")
-    *earlier, weight = [turn.get("weight") for turn in chat if turn["role"] == "assistant"]
-    if weight not in (None, 1):
+    *earlier, answer = [message for message in chat if message["role"] == "assistant"]
+    if answer.get("weight") not in (None, 1):
         raise Dropped("a weight other than 1 on the last assistant turn")
-    if any(weight != 0 for weight in earlier):
+    if any(message.get("weight") != 0 for message in earlier):
         raise Dropped("more than one assistant turn")
     messages = clean_messages(chat, row, system_prompt, turn, notes)
-    if thought := next(filter(None, map(chat[-1].get, THOUGHTS)), None):
-        thought, text = checked_text(thought, "reasoning", turn, notes), messages[-1]["content"]
+    thoughts = [answer[key] for key in THOUGHTS if answer.get(key)]
+    if thoughts:
+        thought = checked_text(thoughts[0], "reasoning", turn, notes).strip()
+        text = messages[-1]["content"].lstrip("\n")
         if "</think>" in text:
             raise Dropped("reasoning in a key of its own and in the text")
-        notes["with reasoning in a key of its own, put between think tags"] += 1
-        text = text.lstrip("\n")
-        messages[-1]["content"] = f"<think>\n{thought.strip()}\n</think>\n\n{text}"
+        notes["with reasoning in a key of its own"] += 1
+        messages[-1]["content"] = f"<think>\n{thought}\n</think>\n\n{text}"
     return messages
 
 
@@ -302,11 +292,7 @@ def problem_messages(row, problem_column="problem"):
 
 
 def gold_answers(row, read_gold, answer_column="answer"):
-    """
-    (accepted answers, the column they are in); raises Dropped. The first filled column counts.
-
-    read_gold (rewards.gold_answer): text or number -> what is graded, None for what nobody can hit.
-    """
+    """(accepted answers, the column they are in: the first filled one); raises Dropped."""
     for column in (answer_column, *ANSWER_COLUMNS):
         value = row.get(column)
         if column == "reward_model" and isinstance(value, dict):  # verl's
@@ -315,11 +301,11 @@ def gold_answers(row, read_gold, answer_column="answer"):
             continue
         values = value if isinstance(value, list) else [value]  # any one of a list is right
         values = [v for v in values if isinstance(v, (str, Number)) and not isinstance(v, bool)]
-        golds = dict.fromkeys(read_gold(plain_number(v)) for v in values)
-        golds.pop(None, None)
+        golds = [read_gold(plain_number(v)) for v in values]
+        golds = list(dict.fromkeys(gold for gold in golds if gold is not None))
         if not golds:
             raise Dropped("answer that the grader cannot read", malformed=False)
-        return list(golds), column
+        return golds, column
     raise Dropped(f"no answer in column {answer_column!r}", malformed=False)
 
 
@@ -359,12 +345,7 @@ OPEN_R1_ROLES = (
 
 
 def set_chat_template(tokenizer, chat_template):
-    """
-    Put the template into the tokenizer, so that it is saved with the model for every later stage.
-
-    chat_template: "tokenizer" (its own), "open_r1_roles", or the path of a Jinja file. Raises
-    DataError when there is none.
-    """
+    """Put the template into the tokenizer, so that every later stage has it; raises DataError."""
     if chat_template == "open_r1_roles":
         tokenizer.chat_template = OPEN_R1_ROLES
     elif chat_template != "tokenizer":
@@ -389,9 +370,9 @@ def render(tokenizer, messages, add_generation_prompt=False):
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # noqa: BLE001  (a template is a program: it can fail in any way)
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:250]
         roles = [message["role"] for message in messages]
-        raise DataError(f"the chat template fails on roles {roles}: {cause[:250]}") from error
+        raise DataError(f"the chat template fails on roles {roles}: {cause}") from error
 
 
 def encode_prompt(tokenizer, messages):
@@ -422,7 +403,8 @@ def assistant_turn(tokenizer):
         raise DataError("the chat template leaves out the assistant's text; "
                         "choose another --chat_template")
     ending = tokenizer(suffix, add_special_tokens=False)["input_ids"]
-    trained = next((i + 1 for i, id in enumerate(ending) if id in tokenizer.all_special_ids), 0)
+    special = [i for i, token in enumerate(ending) if token in tokenizer.all_special_ids]
+    trained = special[0] + 1 if special else 0
     stops = tokenizer.convert_ids_to_tokens(ending[trained - 1:trained])
     stops += [tokenizer.eos_token] if tokenizer.eos_token else []
     # Only the template may write special tokens and its own markers (DeepSeek's are not special).
@@ -434,12 +416,7 @@ def assistant_turn(tokenizer):
 
 
 def stop_token_id(tokenizer):
-    """
-    The token that ends an assistant's turn: trained in SFT, and where generation must stop.
-
-    A model whose end of turn is outside the loss never learns to stop. What the template writes
-    after it, such as a newline, is never generated, and not trained.
-    """
+    """The token that ends an assistant's turn: the last one trained, and where generation stops."""
     turn = assistant_turn(tokenizer)
     if not turn.trained:
         raise DataError("the chat template ends an assistant's turn without a special token: the "
@@ -483,23 +460,18 @@ def encode_document(tokenizer, messages, turn, loss_on="assistant", row=0):
 
 
 def check_lengths(tokenizer, config, longest):
-    """
-    Raise DataError for a tokenizer or sequences (prompt + answer, in tokens) too large for a model.
-
-    Scaled kinds of rotary embedding reach factor times the length they were first trained on.
-    """
+    """Raise DataError for a tokenizer, or for prompt plus answer, that a model is too small for."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise DataError(f"the tokenizer has ids up to {largest}, the model's vocab_size is "
                         f"{config.vocab_size}; use the tokenizer that belongs to the model")
     positions = getattr(config, "max_position_embeddings", None) or math.inf
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = getattr(config, "rope_parameters", None) or {}  # scaled: factor times its first length
     first = rope.get("original_max_position_embeddings") or positions
     positions = max(positions, first * (rope.get("factor") or 1))
     if longest > positions:
         raise DataError(f"prompt and answer may reach {longest} tokens, the model has "
-                        f"{positions:.0f} positions (max_position_embeddings); lower the flags "
-                        "for their lengths")
+                        f"{positions:.0f} positions; lower the flags for their lengths")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -521,16 +493,13 @@ class DataSet:
         kept = self.rows - sum(self.dropped.values())
         dropped = [f"{count:,} {reason} (first: row {self.first_row[reason]})"
                    for reason, count in sorted(self.dropped.items())]
-        notes = "".join(f"; {count:,} {note}" for note, count in sorted(self.notes.items()))
-        return f"{kept:,} of {self.rows:,} rows kept; dropped: {', '.join(dropped) or 'none'}{notes}"
+        parts = [f"{kept:,} of {self.rows:,} rows kept", f"dropped: {', '.join(dropped) or 'none'}"]
+        parts += [f"{count:,} {note}" for note, count in sorted(self.notes.items())]
+        return "; ".join(parts)
 
 
 def read_all(dataset, columns, read, progress=False, limit=None):
-    """
-    ([read(row, number, notes)], DataSet) of the rows; a row that raises Dropped is counted.
-
-    Raises DataError when more than MAX_MALFORMED of the rows are malformed, or nothing is left.
-    """
+    """([read(row, number, notes)], DataSet) of the rows; raises DataError if too few are left."""
     from tqdm import tqdm
 
     kept, report, malformed = [], DataSet(), 0
@@ -629,8 +598,8 @@ def load_problems(dataset, tokenizer, read_gold, system_prompt="", max_prompt_le
     """
     DataSet of problems, for GRPO and evaluation; its summary says in which columns they were found.
 
-    user_turn: the prompt's last message. A row whose answer read_gold cannot read is dropped and
-    counted: it would pay every completion the same.
+    read_gold (rewards.gold_answer): text or number -> what is graded, None for what nobody can hit:
+    such a row is dropped, it would pay every completion the same. user_turn: the last message.
     """
     turn = assistant_turn(tokenizer)
 
@@ -657,10 +626,9 @@ def load_problems(dataset, tokenizer, read_gold, system_prompt="", max_prompt_le
 # --------------------------------------------------------------------------------------------------
 def pack(lengths, capacity):
     """
-    Best-fit decreasing: document numbers of each pack, no pack above capacity; deterministic.
+    Best-fit decreasing: document numbers of each pack; raises ValueError for one above capacity.
 
-    Each document, longest first, goes where it leaves the least room. Raises ValueError for one
-    above capacity.
+    Each document, longest first, goes where it leaves the least room.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if order and lengths[order[0]] > capacity:
