@@ -275,23 +275,22 @@ def draw_missing(cfg, ctx, layout, name, model_path, max_tokens):
         gpu_memory_utilization=cfg.gpu_memory_utilization, max_num_seqs=cfg.max_num_seqs,
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         log_file=str(folder / f"engine-{layout.index}.log"))
-    prompts = [questions[benchmark, key].prompt_ids for benchmark, key, _ in mine]
-    seeds = [[sampling_seed(cfg.seed, 0, f"{benchmark}/{key}", sample)]
-             for benchmark, key, sample in mine]
     # groups of one sample (n=1): they arrive, and are stored, as soon as they are finished
     groups = engine.generate(
-        prompts, n=1, seeds=seeds, temperature=cfg.temperature, top_p=cfg.top_p, min_p=cfg.min_p,
-        max_tokens=max_tokens)
+        [questions[benchmark, key].prompt_ids for benchmark, key, _ in mine], n=1,
+        seeds=[[sampling_seed(cfg.seed, 0, f"{benchmark}/{key}", i)] for benchmark, key, i in mine],
+        temperature=cfg.temperature, top_p=cfg.top_p, min_p=cfg.min_p, max_tokens=max_tokens)
     bar = tqdm(groups, f"{name}, engine 1 of {layout.count}", len(mine), unit="sample",
                disable=not ctx.is_main)
     try:
         with open(folder / f"samples-{layout.index:03d}.jsonl", "a") as file:
             file.write("\n" * bool(file.tell()))  # a line that was cut short must not swallow ours
             for i, (completion,) in bar:
-                row = dict(zip(("benchmark", "id", "sample"), mine[i], strict=True)) | {
-                    "length": len(completion.token_ids),
-                    "finish_reason": completion.finish_reason,
-                    "text": completion_text(tokenizer, completion)}
+                benchmark, key, sample = mine[i]
+                row = {"benchmark": benchmark, "id": key, "sample": sample,
+                       "length": len(completion.token_ids),
+                       "finish_reason": completion.finish_reason,
+                       "text": completion_text(tokenizer, completion)}
                 file.write(json.dumps(row) + "\n")
                 file.flush()
     finally:
@@ -433,13 +432,6 @@ def score_benchmark(cfg, folder, samples, benchmark, budgets, output):
 # --------------------------------------------------------------------------------------------------
 # 4. Intervals and paired comparison
 # --------------------------------------------------------------------------------------------------
-@lru_cache(maxsize=2)
-def bootstrap_draws(count, resamples, seed):
-    """How often each of `count` problems is in each resample: (R, P) integers."""
-    shares = np.full(count, 1 / count)
-    return np.random.default_rng(seed).multinomial(count, shares, size=resamples)
-
-
 def bootstrap_interval(numerators, denominators, resamples=4000, seed=0):
     """
     95% interval of sum(numerators) / sum(denominators) over problems: (P, ...) in, (2, ...) out.
@@ -454,7 +446,8 @@ def bootstrap_interval(numerators, denominators, resamples=4000, seed=0):
     # Student's quantile for v degrees of freedom, expanded around the normal one
     t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
     tail = NormalDist().cdf(-t * math.sqrt(count / v))
-    draws = bootstrap_draws(count, resamples, seed)
+    shares = np.full(count, 1 / count)  # draws (R, P): how often a problem is in a resample
+    draws = np.random.default_rng(seed).multinomial(count, shares, size=resamples)
     with np.errstate(invalid="ignore"):  # a resample in which nobody answered has no mean length
         ratios = (draws @ numerators) / (draws @ denominators)
     return np.nanquantile(ratios, [tail, 1 - tail], axis=0)
@@ -462,14 +455,14 @@ def bootstrap_interval(numerators, denominators, resamples=4000, seed=0):
 
 def summarise(per_problem):
     """{metric: value; "interval": {metric: [low, high]}} of P problem_metrics; None: no value."""
-    values, intervals = {}, {}
-    for name in per_problem[0]:
-        values[name] = None
-        numerators, denominators = np.array([row[name] for row in per_problem], float).T  # (P,)
-        if denominators.any():
-            values[name] = float(numerators.sum() / denominators.sum())
-            intervals[name] = bootstrap_interval(numerators, denominators).tolist()
-    return values | {"interval": intervals}
+    names = [name for name in per_problem[0] if any(row[name][1] for row in per_problem)]
+    pairs = np.array([[row[name] for name in names] for row in per_problem], float)  # (P, M, 2)
+    numerators, denominators = pairs[..., 0], pairs[..., 1]
+    values = numerators.sum(0) / denominators.sum(0)  # (M,)
+    intervals = bootstrap_interval(numerators, denominators).T  # (M, 2)
+    known = dict(zip(names, values.tolist(), strict=True))
+    known["interval"] = dict(zip(names, intervals.tolist(), strict=True))
+    return dict.fromkeys(per_problem[0]) | known
 
 
 def paired_difference(first, second):
@@ -479,14 +472,11 @@ def paired_difference(first, second):
     first, second: problem_metrics of the same P problems in the same order. Subtracting per problem
     cancels what both models share, the spread between easy and hard problems.
     """
-    result = {}
-    for name in first[0]:
-        if "@" in name or name == "tokens":  # those whose denominator is 1
-            pairs = zip(first, second, strict=True)
-            differences = np.array([b[name][0] - a[name][0] for a, b in pairs])  # (P,)
-            low, high = bootstrap_interval(differences, np.ones(len(first))).tolist()
-            result[name] = {"difference": float(differences.mean()), "low": low, "high": high}
-    return result
+    names = [name for name in first[0] if "@" in name or name == "tokens"]  # denominators are 1
+    changes = summarise([{name: (b[name][0] - a[name][0], 1) for name in names}
+                         for a, b in zip(first, second, strict=True)])
+    return {name: {"difference": changes[name], "low": low, "high": high}
+            for name, (low, high) in changes["interval"].items()}
 
 
 def compare_models(benchmark, by_model):
