@@ -197,16 +197,11 @@ def prompt_messages(problem, system_prompt=""):
 
 def chat_turns(row, column):
     """Turns of a column as dicts with role and content; raises Dropped."""
-    turns = row[column]
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise Dropped(f"{column} is not a list of objects")
-    chat = []
-    for turn in turns:
-        role = ROLES.get(str(turn.get("role", turn.get("from"))))
-        if role is None:
-            raise Dropped("a role that is not system, user or assistant")
-        chat.append({**turn, "role": role, "content": turn.get("content", turn.get("value"))})
-    return chat
+    try:
+        return [{**turn, "role": ROLES[turn.get("role") or turn["from"]],
+                 "content": turn.get("content", turn.get("value"))} for turn in row[column]]
+    except (AttributeError, KeyError, TypeError):
+        raise Dropped(f"{column} is no list of system, user and assistant turns") from None
 
 
 def clean_messages(chat, row, system_prompt, turn, notes):
@@ -270,7 +265,7 @@ def row_messages(row, turn, problem_column, generation_column, system_prompt, no
         text = messages[-1]["content"].lstrip("\n")
         if "</think>" in text:
             raise Dropped("reasoning in a key of its own and in the text")
-        notes["with reasoning in a key of its own"] += 1
+        notes["with reasoning in a key of its own (put between think tags)"] += 1
         messages[-1]["content"] = f"<think>\n{thought}\n</think>\n\n{text}"
     return messages
 

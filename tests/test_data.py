@@ -154,9 +154,9 @@ BAD_LINES = {
     "assistant text is not a string": {"problem": "x", "generation": None},
     "no assistant turn at the end": {"messages": [USER]},
     "more than one assistant turn": {"messages": [USER, ASSISTANT, USER, ASSISTANT]},
-    "messages is not a list of objects": {"messages": "x"},
+    "messages is no list of system, user and assistant turns": {"messages": [{"role": "tool"}]},
+    "conversations is no list of system, user and assistant turns": {"conversations": "x"},
     "not a JSON object": [1],
-    "a role that is not system, user or assistant": {"messages": [{"role": "tool"}]},
     "reasoning text is not a string": {**GOOD, "thinking": True},
 }
 BAD_BYTES = [b"{", b"[" * 200_000, b'{"problem": "\xff", "generation": "2"}',
@@ -231,6 +231,12 @@ TABLE = "problem,generation,answer\n" + "".join(f'"p{i}",g{i},{i}\n' for i in ra
 def test_text_files_agree(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     assert list(data.iterate_rows(str(tmp_path / name))) == ROWS
+
+
+def test_lines_stay_lines_if_the_first_is_a_list(tmp_path):
+    (tmp_path / "a.jsonl").write_text("[1]\n" + LINES)
+    first, *others = data.iterate_rows(str(tmp_path / "a.jsonl"))
+    assert str(first) == "not a JSON object" and others == ROWS
 
 
 def test_arrow_files_and_folders_agree(tmp_path):
