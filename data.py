@@ -104,7 +104,7 @@ def iterate_rows(dataset, columns=None):
 
 def open_text(path, errors="strict"):
     opened = gzip.open if path.name.lower().endswith(".gz") else open
-    return opened(path, "rt", encoding="utf-8-sig", errors=errors, newline="")
+    return opened(path, "rt", encoding="utf-8-sig", errors=errors, newline="\n")
 
 
 def json_rows(path, columns):
@@ -155,8 +155,8 @@ def library_rows(name, config, split, columns):
     if split not in splits:
         raise DataError(f"{name} has no split {split!r}; choose one of {', '.join(splits)}")
     for table in splits[split].with_format("arrow").iter(batch_size=256):
-        wanted = [name for name in table.column_names if name in (columns or table.column_names)]
-        yield from table_rows(table.select(wanted))
+        there = table.column_names
+        yield from table_rows(table.select([c for c in there if c in (columns or there)]))
 
 
 def table_rows(table):
