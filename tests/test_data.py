@@ -658,6 +658,8 @@ def test_cache_returns_the_same_documents_and_notices_changes(tmp_path, tokenize
                for a, b in zip(first.documents, second.documents, strict=True))
     assert {d.ids.dtype for d in first.documents} == {np.dtype("int32")}
     assert load(loss_on="all").documents[0].mask.sum() > first.documents[0].mask.sum()
+    shorter = data.load_documents(str(path), tokenizer, 150, cache_dir=tmp_path / "cache")
+    assert 0 < len(shorter.documents) < 20
     write(path, [*demo_rows("test")[:20], GOOD])
     assert len(load().documents) == 21 and load().content_hash != first.content_hash
 
