@@ -554,17 +554,16 @@ def load_documents(dataset, tokenizer, max_length, loss_on="assistant", system_p
 
 
 def write_cache(path, documents, report):
-    arrays = {
-        "report": json.dumps(vars(report)),
-        "rows": [document.row for document in documents],
-        "lengths": [len(document) for document in documents],
-        "ids": np.concatenate([document.ids for document in documents]),
-        "mask": np.concatenate([document.mask for document in documents]),
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".tmp{random.getrandbits(32):08x}")
     with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(
+            file,
+            report=json.dumps(vars(report)),
+            rows=[document.row for document in documents],
+            lengths=[len(document) for document in documents],
+            ids=np.concatenate([document.ids for document in documents]),
+            mask=np.concatenate([document.mask for document in documents]))
     temporary.rename(path)
 
 
