@@ -16,11 +16,9 @@ Letters: D documents, S tokens of a document, T tokens of a pack, R ranks.
 """
 
 import bisect
-import codecs
 import csv
 import gzip
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -29,7 +27,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from decimal import Decimal
+from numbers import Number
 from pathlib import Path
 
 import numpy as np
@@ -59,20 +57,20 @@ def split_name(dataset):
     name, *rest = dataset.split(":")
     if len(rest) > 2:
         raise DataError(f"data set {dataset!r}: write NAME, NAME:SPLIT or NAME:CONFIG:SPLIT")
-    return name, rest[0] if len(rest) == 2 else None, rest[-1] if rest else None
+    config, split = [None, None, *rest][-2:]
+    return name, config, split
 
 
 def source_hash(dataset):
     """Identity of a data set: SHA-256 of a local file's or folder's bytes, or of a hub id."""
     name, config, split = split_name(dataset)
     path = Path(name)
-    part = f"{config}:{split or 'train'}"
-    digest = hashlib.sha256((part if path.exists() else dataset).encode())
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            with open(file, "rb") as stream:
-                while block := stream.read(1 << 24):
-                    digest.update(block)
+    hub_id = "" if path.exists() else name
+    digest = hashlib.sha256(f"{hub_id}:{config}:{split or 'train'}".encode())
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in filter(Path.is_file, files):
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -80,22 +78,21 @@ def iterate_rows(dataset, columns=None):
     """
     Yield each row of a data set as a dict; a Dropped in the place of one that cannot be read.
 
-    dataset: a .json, .jsonl, .csv (all also .gz) or .parquet file, a folder of such files or one
-    saved by `datasets`, or a hub id. columns: the only ones to read, where the format allows it.
-    Only a JSON list is held in memory. Raises DataError when the source cannot be read.
+    columns: the only ones to read, where the format allows it. Of the formats only a JSON list is
+    held in memory whole. Raises DataError when the source cannot be read.
     """
     name, config, split = split_name(dataset)
     path = Path(name)
     ending = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    known = {"json": json_rows, "jsonl": json_rows, "csv": csv_rows, "parquet": parquet_rows}
-    is_hub_id = name.count("/") == 1 and name[0] not in "./"
+    readers = {"json": json_rows, "jsonl": json_rows, "csv": csv_rows, "parquet": parquet_rows}
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and ending not in readers
     try:
-        if path.is_file() and ending in known and not split:
-            yield from known[ending](path, columns)
+        if path.is_file() and ending in readers and not split:
+            yield from readers[ending](path, columns)
         elif path.is_file():
             raise DataError(f"{dataset}: want .json, .jsonl, .csv (or .gz) or .parquet, no split")
-        elif name and path.is_dir() or is_hub_id and ending not in known:
-            yield from library_rows(dataset, name, config, split, columns)
+        elif name and path.is_dir() or is_hub_id:
+            yield from library_rows(name, config, split or "train", columns)
         else:
             raise DataError(f"data set {dataset} does not exist: no file, no folder, no hub id")
     except DataError:
@@ -105,44 +102,34 @@ def iterate_rows(dataset, columns=None):
         raise DataError(f"data set {dataset} cannot be read: {cause}") from error
 
 
-def open_binary(path):
-    return gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")
+def open_text(path, errors="strict"):
+    opened = gzip.open if path.name.lower().endswith(".gz") else open
+    return opened(path, "rt", encoding="utf-8-sig", errors=errors, newline="\n")
 
 
 def json_rows(path, columns):
-    """Rows of a JSON list or of JSON lines: the first character decides, not the file's name."""
-    with open_binary(path) as file:
-        is_list = file.read(100).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    """Rows of JSON lines, or of a JSON list where a file called .json begins like one."""
+    with open_text(path, "surrogateescape") as file:
+        is_list = ".jsonl" not in path.name.lower() and file.read(100).lstrip().startswith("[")
         file.seek(0)
-        if is_list:
-            rows = json.loads(file.read().decode("utf-8-sig"))
-            yield from (parsed_line(json.dumps(row).encode()) for row in rows)
-        else:
-            yield from (parsed_line(line) for line in file if line.strip())
+        texts = map(json.dumps, json.load(file)) if is_list else filter(str.strip, file)
+        yield from map(parsed, texts)
 
 
-def parsed_line(line):
-    def unique_keys(pairs):
-        if len(dict(pairs)) != len(pairs):
-            raise Dropped("duplicate key")
-        return dict(pairs)
-
+def parsed(text):
+    """The row in a line of JSON, or a Dropped."""
     try:
-        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
-        json.dumps(row, ensure_ascii=False).encode()  # fails on half a surrogate pair
-    except Dropped as dropped:
-        return dropped
-    except UnicodeError:
-        return Dropped("not UTF-8")
+        row = json.loads(text)
+        json.dumps(row, ensure_ascii=False).encode()  # fails on bytes and escapes that are no text
     except (ValueError, RecursionError):
-        return Dropped("not JSON")
+        return Dropped("not JSON in UTF-8")
     return row if isinstance(row, dict) else Dropped("not a JSON object")
 
 
 def csv_rows(path, columns):
     """Rows of a CSV file with a header; every value stays text, so that 0.50 is not 0.5."""
     csv.field_size_limit(1 << 30)  # the default, 128 kB, is less than a long trace
-    with io.TextIOWrapper(open_binary(path), "utf-8-sig", newline="") as file:
+    with open_text(path) as file:
         for row in csv.DictReader(file):
             complete = None not in row and None not in row.values()
             yield row if complete else Dropped("wrong number of fields")
@@ -151,41 +138,30 @@ def csv_rows(path, columns):
 def parquet_rows(path, columns):
     import pyarrow.parquet
 
-    file = pyarrow.parquet.ParquetFile(path)
-    wanted = in_use(file.schema_arrow.names, columns)
-    for batch in file.iter_batches(256, columns=wanted):
-        yield from table_rows(pyarrow.Table.from_batches([batch]), columns)
+    wanted = list(columns) if columns else None
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256, columns=wanted):
+        yield from table_rows(pyarrow.Table.from_batches([batch]))
 
 
-def in_use(names, columns):
-    """The names that are among columns; all of them if none is, for an error that shows them."""
-    return [name for name in names if name in (columns or names)] or names
-
-
-def library_rows(dataset, name, config, split, columns):
+def library_rows(name, config, split, columns):
     """Rows of a folder or hub id, read by the `datasets` library; images are not decoded."""
     import datasets
 
     if any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json")):
-        rows = datasets.load_from_disk(name)
+        found = datasets.load_from_disk(name)
     else:
-        rows = datasets.load_dataset(name, config, streaming=True)
-    wanted = split or "train"
-    splits = rows if isinstance(rows, dict) else {wanted: rows}
-    if wanted not in splits:
-        names = ", ".join(":".join(filter(None, (name, config, there))) for there in splits)
-        raise DataError(f"{dataset} has no split {wanted!r}; choose one of {names}")
-    for table in splits[wanted].with_format("arrow").iter(batch_size=256):
-        yield from table_rows(table, columns)
+        found = datasets.load_dataset(name, config, streaming=True)
+    splits = found if isinstance(found, dict) else {"train": found}
+    if split not in splits:
+        raise DataError(f"{name} has no split {split!r}; choose one of {', '.join(splits)}")
+    for table in splits[split].with_format("arrow").iter(batch_size=256):
+        there = table.column_names
+        yield from table_rows(table.select([c for c in there if c in (columns or there)]))
 
 
-def table_rows(table, columns):
-    """
-    Rows of an Arrow table as dicts.
-
-    A float32 becomes the shortest decimal that rounds to it: widened by its bits, 0.1 would be the
-    gold answer 0.10000000149011612, and every right answer wrong.
-    """
+def table_rows(table):
+    """Rows of an Arrow table as dicts; a float32 as the shortest decimal that rounds to it."""
+    # Widened by its bits, 0.1 would be the gold 0.10000000149011612, and every right answer wrong.
     import pyarrow
 
     def replaced(kind, leaf):
@@ -195,21 +171,23 @@ def table_rows(table, columns):
             return pyarrow.struct([f.with_type(replaced(f.type, leaf)) for f in kind])
         return leaf if kind == pyarrow.float32() else kind
 
-    table = table.select(in_use(table.column_names, columns))
-    fields = list(table.schema)
-    for leaf in (pyarrow.string(), pyarrow.float64()):
-        schema = pyarrow.schema([f.with_type(replaced(f.type, leaf)) for f in fields])
-        table = table.cast(schema)
+    for i, column in enumerate(table.columns):
+        as_text = column.cast(replaced(column.type, pyarrow.string()))
+        column = as_text.cast(replaced(column.type, pyarrow.float64()))
+        table = table.set_column(i, table.column_names[i], column)
     return table.to_pylist()
 
 
 # --------------------------------------------------------------------------------------------------
 # 2. Rows: whatever the columns are called
 # --------------------------------------------------------------------------------------------------
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+ROLES = {"system": "system", "user": "user", "assistant": "assistant",
+         "human": "user", "gpt": "assistant"}  # the last two are ShareGPT's names
+CHAT_COLUMNS = ("messages", "conversations")
 THOUGHTS = ("reasoning_content", "thinking")  # keys of reasoning beside an assistant's text
-PROBLEM_COLUMNS = ("question", "prompt", "messages", "conversations")  # GSM8K, TRL and verl, chats
+PROBLEM_COLUMNS = ("question", "prompt", *CHAT_COLUMNS)  # GSM8K, TRL and verl, chats
 ANSWER_COLUMNS = ("reward_model", "final_answer", "ground_truth", "solution")
+COLUMNS = {"system", *THOUGHTS, *PROBLEM_COLUMNS, *ANSWER_COLUMNS}  # read beside the flags' own
 
 
 def prompt_messages(problem, system_prompt=""):
@@ -217,51 +195,35 @@ def prompt_messages(problem, system_prompt=""):
     return [*system, {"role": "user", "content": problem}]
 
 
-def chat_turns(turns, column):
-    """Turns as dicts with role and content; raises Dropped. turns: of messages or conversations."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise Dropped(f"{column} is not a list of objects")
-    chat = []
-    for turn in turns:
-        role = turn.get("role") or turn.get("from")
-        role = ROLES.get(role, role) if isinstance(role, str) else None
-        if role not in ("system", "user", "assistant"):
-            raise Dropped("a role that is not system, user or assistant")
-        content = turn.get("value") if turn.get("content") is None else turn["content"]
-        chat.append({**turn, "role": role, "content": content})
-    return chat
+def chat_turns(row, column):
+    """Turns of a column as dicts with role and content; raises Dropped."""
+    try:
+        return [{**turn, "role": ROLES[turn.get("role") or turn["from"]],
+                 "content": turn.get("content", turn.get("value"))} for turn in row[column]]
+    except (AttributeError, KeyError, TypeError):
+        raise Dropped(f"{column} is no list of system, user and assistant turns") from None
 
 
 def clean_messages(chat, row, system_prompt, turn, notes):
-    """
-    Messages with role and content alone, the texts as checked_text returns them.
-
-    The system message is the chat's own, or the row's column `system`, or else system_prompt.
-    """
-    if not chat or chat[0]["role"] != "system":
-        if row.get("system"):
-            notes["with a system column"] += 1
-        system = row.get("system") or system_prompt
-        chat = [{"role": "system", "content": system}, *chat] if system else chat
-    elif row.get("system"):
+    """Messages with role and content alone; a system message is put before those without one."""
+    own, column = chat[0]["role"] == "system", row.get("system")
+    if own and column:
         raise Dropped("a column system beside a system message")
+    if column:
+        notes["with a system column"] += 1
+    if not own and (column or system_prompt):
+        chat = [{"role": "system", "content": column or system_prompt}, *chat]
     return [{"role": m["role"], "content": checked_text(m["content"], m["role"], turn, notes)}
             for m in chat]
 
 
 def checked_text(text, role, turn, notes):
-    """
-    The text, without an end of turn that it has already: the template writes one.
-
-    Raises Dropped for a text with any other special token, which would become a control token.
-    """
+    """The text, without an end of turn of its own: the template writes one. Raises Dropped."""
     if not isinstance(text, str):
         raise Dropped(f"{role} text is not a string")
-    for stop in turn.stops:
-        if text.rstrip().endswith(stop):
-            text = text.rstrip().removesuffix(stop)
-            notes[f"ended in {stop!r} already (one removed)"] += 1
-            break
+    if ends := [stop for stop in turn.stops if text.rstrip().endswith(stop)]:
+        text = text.rstrip().removesuffix(ends[0])
+        notes[f"ended in {ends[0]!r} already (one removed)"] += 1
     if not text.strip():
         raise Dropped(f"empty {role} text")
     if inside := [token for token in turn.control if token in text]:
@@ -276,41 +238,36 @@ def row_messages(row, turn, problem_column, generation_column, system_prompt, no
     A row has messages, or conversations, or problem and generation. Only its last assistant turn is
     trained; earlier ones must say so by weight 0.
     """
-    column = "conversations" if row.get("messages") is None else "messages"
+    columns = [name for name in CHAT_COLUMNS if row.get(name)]
     missing = [name for name in (problem_column, generation_column) if name not in row]
-    if row.get(column) is not None:
-        chat = chat_turns(row[column], column)
+    if columns:
+        chat = chat_turns(row, columns[0])
         if not missing:
-            notes[f"with {column}, {problem_column} and {generation_column}: {column} taken"] += 1
+            both = f"{problem_column} and {generation_column}"
+            notes[f"with {columns[0]}, {both}: {columns[0]} taken"] += 1
     elif missing:
         raise Dropped(f"no column {missing[0]!r}")
     else:
         thoughts = {key: row.get(key) for key in THOUGHTS}
         answer = {"role": "assistant", "content": row[generation_column], **thoughts}
         chat = [*prompt_messages(row[problem_column]), answer]
-    messages = clean_messages(chat, row, system_prompt, turn, notes)
-    answers = [message for message in chat if message["role"] == "assistant"]
-    if not answers or chat[-1] is not answers[-1]:
+    if chat[-1]["role"] != "assistant":
         raise Dropped("no assistant turn at the end")
-    weights = [answer.get("weight") for answer in answers]
-    if weights[-1] not in (None, 1):
+    *earlier, answer = [message for message in chat if message["role"] == "assistant"]
+    if answer.get("weight") not in (None, 1):
         raise Dropped("a weight other than 1 on the last assistant turn")
-    if any(weight != 0 for weight in weights[:-1]):
+    if any(message.get("weight") != 0 for message in earlier):
         raise Dropped("more than one assistant turn")
-    messages[-1]["content"] = with_thought(answers[-1], messages[-1]["content"], turn, notes)
+    messages = clean_messages(chat, row, system_prompt, turn, notes)
+    thoughts = [answer[key] for key in THOUGHTS if answer.get(key)]
+    if thoughts:
+        thought = checked_text(thoughts[0], "reasoning", turn, notes).strip()
+        text = messages[-1]["content"].lstrip("\n")
+        if "</think>" in text:
+            raise Dropped("reasoning in a key of its own and in the text")
+        notes["with reasoning in a key of its own (put between think tags)"] += 1
+        messages[-1]["content"] = f"<think>\n{thought}\n</think>\n\n{text}"
     return messages
-
-
-def with_thought(answer, text, turn, notes):
-    """The answer's text, after its thought where that has a key of its own."""
-    thought = next((answer[key] for key in THOUGHTS if answer.get(key)), None)
-    if thought is None:
-        return text
-    thought = checked_text(thought, "reasoning", turn, notes).strip()
-    if "</think>" in text:
-        raise Dropped("reasoning in a key of its own and in the text")
-    notes["with reasoning in a key of its own"] += 1
-    return turn.before_thought + thought + turn.after_thought + text.lstrip("\n")
 
 
 def problem_messages(row, problem_column="problem"):
@@ -320,7 +277,7 @@ def problem_messages(row, problem_column="problem"):
         if isinstance(value, str) and value.strip():
             return prompt_messages(value), column
         if isinstance(value, list) and value:
-            chat = chat_turns(value, column)
+            chat = chat_turns(row, column)
             if chat[-1]["role"] == "assistant":
                 chat.pop()  # a worked solution
             if not chat or chat[-1]["role"] != "user":
@@ -330,20 +287,16 @@ def problem_messages(row, problem_column="problem"):
 
 
 def gold_answers(row, read_gold, answer_column="answer"):
-    """
-    (accepted answers, the column they are in); raises Dropped. The first filled column counts.
-
-    read_gold (rewards.gold_answer): text or number -> what is graded, None for what nobody can hit.
-    """
+    """(accepted answers, the column they are in: the first filled one); raises Dropped."""
     for column in (answer_column, *ANSWER_COLUMNS):
         value = row.get(column)
         if column == "reward_model" and isinstance(value, dict):  # verl's
             value = value.get("ground_truth")
-        if value is None or value == "" or value == []:
+        if value in (None, "", []):
             continue
         values = value if isinstance(value, list) else [value]  # any one of a list is right
-        numbers = [v for v in values if isinstance(v, (str, int, float, Decimal))]
-        golds = [read_gold(plain_number(v)) for v in numbers if not isinstance(v, bool)]
+        values = [v for v in values if isinstance(v, (str, Number)) and not isinstance(v, bool)]
+        golds = [read_gold(plain_number(v)) for v in values]
         golds = list(dict.fromkeys(gold for gold in golds if gold is not None))
         if not golds:
             raise Dropped("answer that the grader cannot read", malformed=False)
@@ -352,9 +305,9 @@ def gold_answers(row, read_gold, answer_column="answer"):
 
 
 def plain_number(value):
-    """A float that Python writes as 1e-07 as 0.0000001; any other value as it is."""
-    has_exponent = isinstance(value, float) and "e" in repr(value)
-    return format(Decimal(repr(value)), "f") if has_exponent else value
+    """A finite float without an exponent, 0.0000001 for 1e-07; any other value as it is."""
+    is_number = isinstance(value, float) and math.isfinite(value)
+    return np.format_float_positional(value, trim="-") if is_number else value
 
 
 # --------------------------------------------------------------------------------------------------
@@ -387,12 +340,7 @@ OPEN_R1_ROLES = (
 
 
 def set_chat_template(tokenizer, chat_template):
-    """
-    Put the template into the tokenizer, so that it is saved with the model for every later stage.
-
-    chat_template: "tokenizer" (its own), "open_r1_roles", or the path of a Jinja file. Raises
-    DataError when there is none.
-    """
+    """Put the template into the tokenizer, so that every later stage has it; raises DataError."""
     if chat_template == "open_r1_roles":
         tokenizer.chat_template = OPEN_R1_ROLES
     elif chat_template != "tokenizer":
@@ -403,7 +351,7 @@ def set_chat_template(tokenizer, chat_template):
     if not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template of its own; "
                         "choose --chat_template open_r1_roles or a Jinja file")
-    render(tokenizer, prompt_messages("1+1"), add_generation_prompt=True)
+    encode_prompt(tokenizer, prompt_messages("1+1"))  # raises if the template fails
 
 
 def system_prompt_text(system_prompt):
@@ -417,23 +365,18 @@ def render(tokenizer, messages, add_generation_prompt=False):
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # noqa: BLE001  (a template is a program: it can fail in any way)
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:250]
         roles = [message["role"] for message in messages]
-        raise DataError(f"the chat template fails on roles {roles}: {cause[:250]}") from error
+        raise DataError(f"the chat template fails on roles {roles}: {cause}") from error
 
 
-def encode_prompt(tokenizer, text):
-    """Ids of a rendered prompt, with one BOS where the tokenizer uses one."""
+def encode_prompt(tokenizer, messages):
+    """(text, ids) up to where the answer begins, with one BOS where the tokenizer uses one."""
+    text = render(tokenizer, messages, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("x")["input_ids"][:1] == [bos]
-    return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
-
-
-def chat_prompt_ids(tokenizer, problem, system_prompt=""):
-    """Ids of a problem's prompt: the same in SFT, GRPO and evaluation."""
-    messages = prompt_messages(problem, system_prompt)
-    return encode_prompt(tokenizer, render(tokenizer, messages, add_generation_prompt=True))
+    return text, [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
 
 
 @dataclass
@@ -444,16 +387,12 @@ class AssistantTurn:
     trained: int  # how many of them: up to the first special token, the end of turn; 0 if none is
     stops: list  # texts of the end of turn and of EOS
     control: list  # texts of the tokens that only the template may write
-    before_thought: str  # a thought with a key of its own is written between these two
-    after_thought: str
 
 
 def assistant_turn(tokenizer):
-    """The AssistantTurn of a tokenizer's template, found by rendering markers."""
-    question, marker, thought = prompt_messages("x"), "answer-marker", "thought-marker"
-    answer = {"role": "assistant", "content": marker}
-    prompt = render(tokenizer, question, add_generation_prompt=True)
-    text = render(tokenizer, [*question, answer])
+    """The AssistantTurn of a tokenizer's template, found by rendering a marker."""
+    question, marker = prompt_messages("x"), "answer-marker"
+    text = render(tokenizer, [*question, {"role": "assistant", "content": marker}])
     _, found, suffix = text.rpartition(marker)
     if not found:
         raise DataError("the chat template leaves out the assistant's text; "
@@ -464,30 +403,19 @@ def assistant_turn(tokenizer):
     stops = tokenizer.convert_ids_to_tokens(ending[trained - 1:trained])
     stops += [tokenizer.eos_token] if tokenizer.eos_token else []
     # Only the template may write special tokens and its own markers (DeepSeek's are not special).
+    written = text + encode_prompt(tokenizer, question)[0]
     control = [token.content for token in tokenizer.added_tokens_decoder.values()
-               if token.special or token.content.strip() and token.content in text + prompt]
+               if token.special or token.content.strip() and token.content in written]
     control = [token for token in control if token not in ("<think>", "</think>")]
-    # Where does the template put a thought? If nowhere, it is written as by DeepSeek-R1.
-    thinking = {**answer, **dict.fromkeys(THOUGHTS, thought)}
-    pattern = re.escape(prompt) + f"(.*){thought}(.*){marker}.*"
-    places = re.fullmatch(pattern, render(tokenizer, [*question, thinking]), re.DOTALL)
-    before, after = places.groups() if places else ("<think>\n", "\n</think>\n\n")
-    return AssistantTurn(ending, trained, stops, control, before, after)
+    return AssistantTurn(ending, trained, stops, control)
 
 
 def stop_token_id(tokenizer):
-    """
-    The token that ends an assistant's turn: trained in SFT, and where generation must stop.
-
-    A model whose end of turn is outside the loss never learns to stop. What the template writes
-    after it, such as a newline, is never generated, and not trained.
-    """
+    """The token that ends an assistant's turn: the last one trained, and where generation stops."""
     turn = assistant_turn(tokenizer)
     if not turn.trained:
-        suffix = tokenizer.decode(turn.ending)
-        raise DataError(f"the chat template ends an assistant's turn with {suffix!r}, which holds "
-                        "no special token: the model would never learn to stop. "
-                        "Choose another --chat_template")
+        raise DataError("the chat template ends an assistant's turn without a special token: the "
+                        "model would never learn to stop; choose another --chat_template")
     return turn.ending[turn.trained - 1]
 
 
@@ -512,8 +440,7 @@ def encode_document(tokenizer, messages, turn, loss_on="assistant", row=0):
     pad and EOS are the same token. The answer is appended, not rendered: DeepSeek's template cuts
     the thought out of assistant turns.
     """
-    prompt = render(tokenizer, messages[:-1], add_generation_prompt=True)
-    prompt_ids = encode_prompt(tokenizer, prompt)
+    prompt, prompt_ids = encode_prompt(tokenizer, messages[:-1])
     answer = messages[-1]["content"]
     if prompt.rstrip().endswith("<think>") and answer.lstrip().startswith("<think>"):
         # the generation prompt has opened the thought already
@@ -528,23 +455,18 @@ def encode_document(tokenizer, messages, turn, loss_on="assistant", row=0):
 
 
 def check_lengths(tokenizer, config, longest):
-    """
-    Raise DataError for a tokenizer or sequences (prompt + answer, in tokens) too large for a model.
-
-    Scaled kinds of rotary embedding reach factor times the length they were first trained on.
-    """
+    """Raise DataError for a tokenizer, or for prompt plus answer, that a model is too small for."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise DataError(f"the tokenizer has ids up to {largest}, the model's vocab_size is "
                         f"{config.vocab_size}; use the tokenizer that belongs to the model")
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions:
-        rope = getattr(config, "rope_parameters", None) or {}
-        first = rope.get("original_max_position_embeddings") or positions
-        positions = max(positions, int(first * (rope.get("factor") or 1)))
-    if positions and longest > positions:
-        raise DataError(f"prompt and answer may reach {longest} tokens, the model has {positions} "
-                        "positions (max_position_embeddings); lower the flags for their lengths")
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}  # scaled: factor times its first length
+    first = rope.get("original_max_position_embeddings") or positions
+    positions = max(positions, first * (rope.get("factor") or 1))
+    if longest > positions:
+        raise DataError(f"prompt and answer may reach {longest} tokens, the model has "
+                        f"{positions:.0f} positions; lower the flags for their lengths")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -555,9 +477,8 @@ class DataSet:
     """A loaded data set: documents (SFT) or problems (GRPO, evaluation), and what was dropped."""
 
     rows: int = 0
-    malformed: int = 0
     dropped: Counter = field(default_factory=Counter)  # reason: number of rows
-    examples: dict = field(default_factory=dict)  # reason: its first row numbers
+    first_row: dict = field(default_factory=dict)  # reason: the first of them
     notes: Counter = field(default_factory=Counter)  # what was found or repaired: number of rows
     documents: list = ()
     problems: list = ()
@@ -565,23 +486,19 @@ class DataSet:
 
     def summary(self):
         kept = self.rows - sum(self.dropped.values())
-        dropped = [f"{count:,} {reason} (row {', '.join(map(str, self.examples[reason]))})"
+        dropped = [f"{count:,} {reason} (first: row {self.first_row[reason]})"
                    for reason, count in sorted(self.dropped.items())]
-        notes = [f"; {count:,} {note}" for note, count in sorted(self.notes.items())]
-        return (f"{kept:,} of {self.rows:,} rows kept; dropped: {', '.join(dropped) or 'none'}"
-                + "".join(notes))
+        parts = [f"{kept:,} of {self.rows:,} rows kept", f"dropped: {', '.join(dropped) or 'none'}"]
+        parts += [f"{count:,} {note}" for note, count in sorted(self.notes.items())]
+        return "; ".join(parts)
 
 
-def read_all(dataset, columns, read, progress=False):
-    """
-    ([read(row, number, notes)], DataSet) of all rows; a row that raises Dropped is counted.
-
-    Raises DataError when more than MAX_MALFORMED of the rows are malformed, or nothing is left.
-    """
+def read_all(dataset, columns, read, progress=False, limit=None):
+    """([read(row, number, notes)], DataSet) of the rows; raises DataError if too few are left."""
     from tqdm import tqdm
 
-    kept, report = [], DataSet()
-    rows = iterate_rows(dataset, columns)
+    kept, report, malformed = [], DataSet(), 0
+    rows = itertools.islice(iterate_rows(dataset, COLUMNS | columns), limit)
     bar = tqdm(rows, desc="reading", unit="row", disable=not progress, file=sys.stderr)
     for number, row in enumerate(bar):
         report.rows += 1
@@ -590,24 +507,28 @@ def read_all(dataset, columns, read, progress=False):
                 raise row
             kept.append(read(row, number, report.notes))
         except Dropped as dropped:
-            report.malformed += dropped.malformed
+            malformed += dropped.malformed
             report.dropped[str(dropped)] += 1
-            examples = report.examples.setdefault(str(dropped), [])
-            examples += [number] * (len(examples) < 3)
+            report.first_row.setdefault(str(dropped), number)
     if not kept:
         names = next((list(row) for row in iterate_rows(dataset) if isinstance(row, dict)), [])
         raise DataError(f"{dataset}: no row can be used. {report.summary()}. The columns are "
                         f"{', '.join(names)[:300]!r}; --problem_column and others choose them")
-    if report.malformed > MAX_MALFORMED * report.rows:
-        share = report.malformed / report.rows
-        raise DataError(f"{dataset}: {share:.1%} of the rows are malformed, more than the "
-                        f"{MAX_MALFORMED:.0%} allowed. {report.summary()}. Repair or remove them")
+    if malformed > MAX_MALFORMED * report.rows:
+        raise DataError(f"{dataset}: {malformed / report.rows:.1%} of the rows are malformed, more "
+                        f"than the {MAX_MALFORMED:.0%} allowed. {report.summary()}. "
+                        "Repair or remove them")
     return kept, report
 
 
-def document_reader(tokenizer, max_length, loss_on, system_prompt, problem_column,
-                    generation_column):
-    """read(row, number, notes) -> Document, for read_all."""
+def load_documents(dataset, tokenizer, max_length, loss_on="assistant", system_prompt="",
+                   problem_column="problem", generation_column="generation",
+                   cache_dir=".cache", progress=False, limit=None):
+    """
+    DataSet of documents, from the cache when data, tokenizer, options and this file are unchanged.
+
+    loss_on: assistant, or all. Documents above max_length are dropped and counted.
+    """
     stop_token_id(tokenizer)  # raises if the model would never learn to stop
     turn = assistant_turn(tokenizer)
 
@@ -619,43 +540,30 @@ def document_reader(tokenizer, max_length, loss_on, system_prompt, problem_colum
             raise Dropped(f"longer than {max_length} tokens", malformed=False)
         return document
 
-    return read
-
-
-def load_documents(dataset, tokenizer, max_length, loss_on="assistant", system_prompt="",
-                   problem_column="problem", generation_column="generation",
-                   cache_dir=".cache", progress=False):
-    """
-    DataSet of documents, from the cache when data, tokenizer, options and this file are unchanged.
-
-    loss_on: assistant, or all. Documents above max_length are dropped and counted.
-    """
-    options = (max_length, loss_on, system_prompt, problem_column, generation_column)
+    options = (max_length, loss_on, system_prompt, problem_column, generation_column, limit)
     content_hash = source_hash(dataset)
     backend, this_file = tokenizer.backend_tokenizer.to_str(), Path(__file__).read_text()
     key = json.dumps([content_hash, backend, tokenizer.chat_template, options, this_file])
     cached = Path(cache_dir, hashlib.sha256(key.encode()).hexdigest()[:32] + ".npz")
     if not cached.is_file():
-        columns = {problem_column, generation_column, "messages", "conversations", "system"}
-        read = document_reader(tokenizer, *options)
-        write_cache(cached, *read_all(dataset, columns | set(THOUGHTS), read, progress))
-    documents, report = read_cache(cached)
-    return DataSet(**report, documents=documents, content_hash=content_hash)
+        columns = {problem_column, generation_column}
+        documents, report = read_all(dataset, columns, read, progress, limit)
+        report.content_hash = content_hash
+        write_cache(cached, documents, report)
+    return read_cache(cached)
 
 
 def write_cache(path, documents, report):
-    counts = {name: getattr(report, name) for name in ("rows", "dropped", "examples", "notes")}
-    arrays = {
-        "report": json.dumps(counts),
-        "rows": [document.row for document in documents],
-        "lengths": [len(document) for document in documents],
-        "ids": np.concatenate([document.ids for document in documents]),
-        "mask": np.concatenate([document.mask for document in documents]),
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".tmp{random.getrandbits(32):08x}")
     with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(
+            file,
+            report=json.dumps(vars(report)),
+            rows=[document.row for document in documents],
+            lengths=[len(document) for document in documents],
+            ids=np.concatenate([document.ids for document in documents]),
+            mask=np.concatenate([document.mask for document in documents]))
     temporary.rename(path)
 
 
@@ -663,8 +571,9 @@ def read_cache(path):
     with np.load(path) as arrays:
         cuts = np.cumsum(arrays["lengths"])[:-1]
         ids, masks = np.split(arrays["ids"], cuts), np.split(arrays["mask"], cuts)
-        documents = list(map(Document, ids, masks, arrays["rows"].tolist()))
-        return documents, json.loads(str(arrays["report"]))
+        report = DataSet(**json.loads(str(arrays["report"])))
+        report.documents = list(map(Document, ids, masks, arrays["rows"].tolist()))
+    return report
 
 
 @dataclass
@@ -677,37 +586,31 @@ class Problem:
     prompt_ids: list
 
 
-def problem_reader(tokenizer, read_gold, system_prompt, max_prompt_length, problem_column,
-                   answer_column):
-    """read(row, number, notes) -> Problem, for read_all."""
+def load_problems(dataset, tokenizer, read_gold, system_prompt="", max_prompt_length=math.inf,
+                  problem_column="problem", answer_column="answer", user_turn="{problem}",
+                  limit=None):
+    """
+    DataSet of problems, for GRPO and evaluation; its summary says in which columns they were found.
+
+    read_gold (rewards.gold_answer): text or number -> what is graded, None for what nobody can hit:
+    such a row is dropped, it would pay every completion the same. user_turn: the last message.
+    """
     turn = assistant_turn(tokenizer)
 
     def read(row, number, notes):
         chat, column = problem_messages(row, problem_column)
         messages = clean_messages(chat, row, system_prompt, turn, notes)
         answers, gold_column = gold_answers(row, read_gold, answer_column)
-        prompt = render(tokenizer, messages, add_generation_prompt=True)
-        prompt_ids = encode_prompt(tokenizer, prompt)
+        problem = messages[-1]["content"]
+        messages[-1]["content"] = user_turn.replace("{problem}", problem)
+        _, prompt_ids = encode_prompt(tokenizer, messages)
         if len(prompt_ids) > max_prompt_length:
             raise Dropped(f"prompt longer than {max_prompt_length} tokens", malformed=False)
         notes[f"with the columns {column}, {gold_column}"] += 1
-        return Problem(number, messages[-1]["content"], answers, prompt_ids)
+        return Problem(number, problem, answers, prompt_ids)
 
-    return read
-
-
-def load_problems(dataset, tokenizer, read_gold, system_prompt="", max_prompt_length=math.inf,
-                  problem_column="problem", answer_column="answer"):
-    """
-    DataSet of problems, for GRPO and evaluation; its summary says in which columns they were found.
-
-    Takes the shapes of problem_messages and gold_answers. A row whose answer read_gold cannot read
-    is dropped and counted: it would pay every completion the same.
-    """
-    read = problem_reader(
-        tokenizer, read_gold, system_prompt, max_prompt_length, problem_column, answer_column)
-    columns = {problem_column, *PROBLEM_COLUMNS, answer_column, *ANSWER_COLUMNS, "system"}
-    problems, report = read_all(dataset, columns, read)
+    columns = {problem_column, answer_column}
+    problems, report = read_all(dataset, columns, read, limit=limit)
     report.problems, report.content_hash = problems, source_hash(dataset)
     return report
 
@@ -717,10 +620,9 @@ def load_problems(dataset, tokenizer, read_gold, system_prompt="", max_prompt_le
 # --------------------------------------------------------------------------------------------------
 def pack(lengths, capacity):
     """
-    Best-fit decreasing: document numbers of each pack, no pack above capacity; deterministic.
+    Best-fit decreasing: document numbers of each pack; raises ValueError for one above capacity.
 
-    Each document, longest first, goes where it leaves the least room. Raises ValueError for one
-    above capacity.
+    Each document, longest first, goes where it leaves the least room.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if order and lengths[order[0]] > capacity:
@@ -851,40 +753,26 @@ def show_rows(args):
     set_chat_template(tokenizer, args.chat_template)
     system_prompt = system_prompt_text(args.system_prompt or args.stage)
     if args.stage == "sft":
-        read = document_reader(tokenizer, math.inf, args.loss_on, system_prompt,
-                               args.problem_column, args.generation_column)
+        found = load_documents(args.dataset, tokenizer, math.inf, args.loss_on, system_prompt,
+                               args.problem_column, args.generation_column, limit=args.show)
     else:
-        read = problem_reader(tokenizer, gold_answer, system_prompt, math.inf,
-                              args.problem_column, args.answer_column)
-    notes = Counter()
-    for number, row in enumerate(itertools.islice(iterate_rows(args.dataset), args.show)):
-        try:
-            if isinstance(row, Dropped):
-                raise row
-            print_row(tokenizer, read(row, number, notes))
-        except Dropped as dropped:
-            print(f"--- row {number}: dropped, {dropped}\n")
-    print("".join(f"{count} {note}\n" for note, count in notes.items()), end="")
-
-
-def print_row(tokenizer, row):
-    if isinstance(row, Document):
-        ids, mask = row.ids, row.mask
-        print(f"--- row {row.row}: {len(ids)} tokens, {mask.sum()} trained (green)")
-    else:
-        ids, mask = row.prompt_ids, [0] * len(row.prompt_ids)
-        print(f"--- row {row.row}: {len(ids)} tokens, gold {' or '.join(row.answers)}")
-    for token, trained in zip(ids, mask, strict=True):
-        print(f"\033[{32 if trained else 90}m{tokenizer.decode([token])}\033[0m", end="")
-    print("\n")
+        found = load_problems(args.dataset, tokenizer, gold_answer, system_prompt, math.inf,
+                              args.problem_column, args.answer_column, limit=args.show)
+    for row in found.documents:
+        print(f"--- row {row.row}: {len(row)} tokens, {row.mask.sum()} trained (green)")
+        for token, trained in zip(row.ids, row.mask, strict=True):
+            print(f"\033[{32 if trained else 90}m{tokenizer.decode([token])}\033[0m", end="")
+        print("\n")
+    for row in found.problems:
+        print(f"--- row {row.row}: {len(row.prompt_ids)} tokens, gold {' or '.join(row.answers)}")
+        print(f"{tokenizer.decode(row.prompt_ids)}\n")
+    print(found.summary())
 
 
 def main():
     import argparse
 
-    parser = argparse.ArgumentParser(
-        prog="data.py", allow_abbrev=False,
-        description="Print rows as a trainer with these flags sees them, trained tokens in green.")
+    parser = argparse.ArgumentParser("data.py", allow_abbrev=False, description=show_rows.__doc__)
     add = parser.add_argument
     add("--show", type=int, default=3, help="number of rows to print")
     add("--stage", default="sft", choices=("sft", "grpo"), help="whose view")

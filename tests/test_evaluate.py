@@ -225,8 +225,7 @@ def test_paired_difference_covers_and_is_tighter_than_two_intervals():
 # Problems and flags
 # ---------------------------------------------------------------------------------------------------------------------
 def config(**flags):
-    return evaluate.EvalConfig(**{**{f.name: f.default for f in evaluate.EvalConfig.__dataclass_fields__.values()
-                                     if f.name != "stop"}, **flags})
+    return evaluate.EvalConfig(**flags)
 
 
 def write_rows(path, rows):
@@ -318,19 +317,6 @@ def test_the_prompt_has_system_prompt_user_turn_and_problem(words, tmp_path):
     assert prompt == ["w1", "w2", *["<unk>"] * turn, "w3", "w4", "w0"]
 
 
-def test_fingerprint_notices_one_changed_weight(tmp_path):
-    tiny_model(tmp_path)
-    before = evaluate.model_fingerprint(tmp_path)
-    assert evaluate.model_fingerprint(tmp_path) == before
-    (tmp_path / "notes.md").write_text("no part of the model")
-    assert evaluate.model_fingerprint(tmp_path) == before
-    weights, = tmp_path.glob("*.safetensors")
-    content = bytearray(weights.read_bytes())
-    content[len(content) // 2] ^= 1
-    weights.write_bytes(content)
-    assert evaluate.model_fingerprint(tmp_path) != before
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Stored samples: settings, table, comparison, plot, scoring without a model
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,13 +325,13 @@ def test_other_settings_are_another_folder(words, tmp_path):
     tiny_model(tmp_path)
     same = [dict(), dict(num_samples=3), dict(budgets="7"), dict(limit=1), dict(max_num_seqs=2),
             dict(answer_scope="before_think_end"), dict(benchmark="math500"), dict(output_dir="x")]
-    other = [dict(seed=7), dict(temperature=0.5), dict(top_p=0.5), dict(min_p=0.0), dict(stop=["x"]),
+    other = [dict(seed=7), dict(temperature=0.5), dict(top_p=0.5), dict(min_p=0.0),
              dict(dtype="float32"), dict(prompt_style="lighteval"), dict(system_prompt="sft")]
-    hashes = [evaluate.sample_settings(config(**{"stop": [], **flags}), tmp_path, words)[1]
+    hashes = [evaluate.sample_settings(config(**flags), tmp_path, words)[1]
               for flags in (*same, *other)]
     assert len(set(hashes[:len(same)])) == 1 and len(set(hashes)) == 1 + len(other)
     (tmp_path / "config.json").write_text("{}")
-    assert evaluate.sample_settings(config(stop=[]), tmp_path, words)[1] not in hashes
+    assert evaluate.sample_settings(config(), tmp_path, words)[1] not in hashes
 
 
 def test_of_two_samples_the_longer_is_kept_and_torn_lines_are_not(tmp_path):
