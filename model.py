@@ -1,13 +1,14 @@
 """
 The policy and its machinery: transformers' own decoder, sharded with FSDP2, fed with packs.
 
-    1. process group       one rank per GPU (NCCL) or per CPU share (gloo); waits have deadlines
-    2. packed attention    documents lie end to end in one row and do not see each other
-    3. chunked head        log-probs and entropy of T tokens, never T x V logits
-    4. build and load      meta device, checkpointing, compile, fully_shard, read own rows
-    5. save_hf             every rank writes its share; one rename publishes; transformers loads it
+    1. packed attention    documents lie end to end in one row and do not see each other
+    2. chunked head        log-probs and entropy of T tokens, never T x V logits
+    3. build and load      meta device, checkpointing, compile, fully_shard, read own rows
+    4. process group       one rank per GPU (NCCL) or per CPU share (gloo); waits have deadlines
+    5. model folders       what is read, what is refused; save_hf: every rank writes its share
     6. checkpoints         torch DCP, complete or absent, checksummed; what a resume may change
-    7. run log, flags      metrics.jsonl, a bar, TensorBoard, wandb or trackio; run_main
+    7. cost and memory     model FLOPs; the peak memory of a step, traced without a GPU
+    8. run                 flags, how a program ends, metrics.jsonl and trackers
 
 Left out: tensor, pipeline and context parallelism, LoRA, 8-bit optimizers (README).
 
@@ -59,7 +60,313 @@ def flag(default, text):
 
 
 # --------------------------------------------------------------------------------------------------
-# 1. Process group
+# 1. Packed attention
+# --------------------------------------------------------------------------------------------------
+VARLEN_DEVICES = {"cuda"}  # where torch's varlen kernel runs; the memory trace adds its fake CPU
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, cu_seqlens=None,
+                     max_seqlen=0, **kwargs):
+    """
+    Causal attention inside each document of a pack: transformers' attn_implementation="packed".
+
+    query (1, H, T, d), key and value (1, H_kv, T, d); cu_seqlens (D + 1,) int32: document i is rows
+    cu_seqlens[i]:cu_seqlens[i + 1]; max_seqlen >= the longest. Returns ((1, T, H, d), None). The
+    cost is the sum of squared document lengths, not the square of the pack. CUDA: torch's varlen
+    kernel. CPU: one SDPA call per document, the reference for the tests.
+    """
+    if query.device.type in VARLEN_DEVICES:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
+        # torch 2.11 has no such argument: it takes fewer key heads without being told.
+        version = tuple(map(int, torch.__version__.split(".")[:2]))
+        grouped = {"enable_gqa": True} if version >= (2, 12) else {}
+        # The same cu_seqlens object twice: the cuDNN path recognises self-attention by identity.
+        # A window of (-1, 0) is causal.
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+                          scale=scaling, window_size=(-1, 0), **grouped)
+        return out.unsqueeze(0), None  # (1, T, H, d)
+    # split, not slices: the gradient of a slice is a tensor of the whole pack, filled with zeros.
+    lengths = cu_seqlens.diff().tolist()
+    documents = [
+        F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+        for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        if q.shape[2]
+    ]
+    return torch.cat(documents, dim=2).transpose(1, 2), None  # (1, T, H, d)
+
+
+def attention_saving_policy(ctx, op, *args, **kwargs):
+    """Selective checkpointing: keep attention's output (12 GB at 14B, 24k tokens), no other."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    keep = "varlen_attn" in str(op) or "scaled_dot_product" in str(op)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Chunked head, forward
+# --------------------------------------------------------------------------------------------------
+def scaled_logits(hidden, weight, temperature, dtype):
+    """
+    z of a chunk, (C, V), divided by the temperature in dtype.
+
+    At temperature 1 it stays in the model's dtype: softmax widens it on the fly, one pass less.
+    """
+    logits = hidden @ weight.T
+    return logits if temperature == 1 else logits.to(dtype).div_(temperature)
+
+
+def chunks(total, size):
+    """Slices of at most `size` that cover range(total)."""
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """
+    log p(target) = z_target - logsumexp(z),  z = hidden @ weight^T / temperature, C tokens at once.
+
+    Forward keeps no logits. Backward computes each chunk's once more:
+        d z = g * (onehot(target) - softmax(z))
+        d hidden = d z @ weight / temperature,   d weight = d z^T @ hidden / temperature
+    Without the chunks, logits, their fp32 copy and their gradient cost 44 GB at 24k tokens and 152k
+    vocabulary.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk_size):
+        # bf16 -> fp32; the tests' fp64 is kept
+        accumulate = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs = torch.empty(len(targets), dtype=accumulate, device=hidden.device)
+        entropy = torch.empty_like(logprobs)
+        for rows in chunks(len(targets), chunk_size):
+            logp = torch.log_softmax(
+                scaled_logits(hidden[rows], weight, temperature, accumulate), -1, dtype=accumulate)
+            logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
+            # H = - sum_v p_v log p_v, of the distribution before top_p and min_p
+            entropy[rows] = -logp.exp().mul_(logp).sum(-1)
+            del logp  # before the next chunk's is made, and before the head's weight is freed
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, _):
+        hidden, weight, targets = ctx.saved_tensors
+        accumulate = grad_logprobs.dtype
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # An fp32 sum: adding a dozen chunks in bf16 would lose the small ones
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=accumulate)
+        for rows in chunks(len(targets), ctx.chunk_size):
+            p = torch.softmax(
+                scaled_logits(hidden[rows], weight, ctx.temperature, accumulate),
+                -1, dtype=accumulate)
+            g = grad_logprobs[rows, None] / ctx.temperature
+            # g (onehot - p), (C, V)
+            grad_logits = p.mul_(-g).scatter_add_(1, targets[rows, None], g).to(hidden.dtype)
+            del p
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[rows]
+            del grad_logits
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def token_logprobs(hidden, weight, targets, temperature=1.0, chunk_size=2048):
+    """
+    Log-probability of each target and entropy of each position, chunk_size rows of logits at once.
+
+    hidden (T, h); weight (V, h); targets (T,) int64. Returns logprobs (T,), entropy (T,), both at
+    least fp32; entropy carries no gradient. temperature divides the logits, as the sampler does:
+    without it the ratio of a policy sampled at T != 1 does not start at 1.
+    """
+    return ChunkedLogprobs.apply(hidden, weight, targets, temperature, chunk_size)
+
+
+def policy_forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, targets, temperature=1.0,
+                   vocab_size=None):
+    """
+    The model's forward on one pack: log-prob and entropy of every target.
+
+    input_ids, position_ids, targets (T,) int64; cu_seqlens (D + 1,) int32; max_seqlen int, at least
+    the longest document. Returns logprobs (T,), entropy (T,). Positions restart at 0 in every
+    document; targets[t] is the token after input_ids[t] in the same document. vocab_size: ids from
+    it on are padding that the sampler never draws; they are left out of the softmax, too.
+    """
+    hidden = self.model(
+        input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False,
+        cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+    ).last_hidden_state[0]  # (T, h)
+    if self.lm_head is None:  # tied: the embedding is the head
+        weight = self.model.embed_tokens.weight[:vocab_size]
+        return token_logprobs(hidden, weight, targets, temperature, self.head_chunk_size)
+    return self.lm_head(hidden, targets, temperature, self.head_chunk_size, vocab_size)
+
+
+def head_forward(self, hidden, targets, temperature, chunk_size, vocab_size):
+    """lm_head as a unit of FSDP: its hooks gather the weight once, and all chunks use it."""
+    return token_logprobs(hidden, self.weight[:vocab_size], targets, temperature, chunk_size)
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Build and load
+# --------------------------------------------------------------------------------------------------
+def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_checkpointing="none",
+                 compile_blocks=False, head_chunk_size=2048):
+    """
+    An empty (uninitialised) sharded policy on ctx.device: checkpoint, then compile, then shard.
+
+    Checkpointing inside the compiled block lets the compiler see what is recomputed; sharding comes
+    last, so that its hooks gather the weights before either runs. Trainable: fp32 master weights,
+    computed in compute_dtype, gradients reduced in fp32. Not trainable (the reference of GRPO):
+    stored in compute_dtype, no gradients.
+    """
+    import transformers  # half a second each, imported where they are used: --help needs none
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    check_architecture(config)
+    transformers.AttentionInterface.register("packed", packed_attention)
+    on_gpu = ctx.device.type == "cuda"
+    compute_dtype = compute_dtype or (torch.bfloat16 if on_gpu else torch.float32)
+    masters = torch.promote_types(compute_dtype, torch.float32)
+    store_dtype = masters if trainable else compute_dtype
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="packed", dtype=store_dtype)
+    if config.tie_word_embeddings:
+        model.lm_head = None  # one matrix, one parameter: nothing to tie again after loading
+    else:
+        model.lm_head.forward = types.MethodType(head_forward, model.lm_head)
+    model.forward = types.MethodType(policy_forward, model)
+    model.head_chunk_size = head_chunk_size
+    model.requires_grad_(trainable)
+
+    if activation_checkpointing not in ("none", "full", "selective"):
+        raise ValueError(f"--activation_checkpointing {activation_checkpointing!r}: "
+                         "choose none, full or selective")
+    if trainable and activation_checkpointing != "none":
+        options = {"preserve_rng_state": False}  # nothing random happens inside a block
+        if activation_checkpointing == "selective":
+            options["context_fn"] = partial(
+                create_selective_checkpoint_contexts, attention_saving_policy)
+        for i, block in enumerate(model.model.layers):
+            # Non-reentrant by default; reentrant leaks with FSDP2.
+            model.model.layers[i] = checkpoint_wrapper(block, **options)
+    if compile_blocks:
+        for block in model.model.layers:
+            block.compile()
+
+    # reduce_dtype is explicit: what None means changed between torch versions.
+    policy = MixedPrecisionPolicy(compute_dtype, store_dtype, cast_forward_inputs=False)
+    shard = partial(fully_shard, mesh=ctx.mesh, mp_policy=policy)
+    units = [shard(block) for block in model.model.layers]
+    # Trained, the root (with the embedding) and the head are gathered once: the head's backward
+    # follows its forward. The reference has no backward, and frees them until the next forward.
+    for unit in [model] if model.lm_head is None else [model.lm_head, model]:
+        units.append(shard(unit, reshard_after_forward=not trainable))
+    for unit in units if ctx.mesh.size() > 1 else []:  # one rank would divide by 1, a pass more
+        # Gradients are SUMMED over ranks. The loss is already divided by the token count of all
+        # ranks; the average that FSDP takes by default would divide a second time. (The force-sum
+        # flag makes this work on gloo.)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    model.to_empty(device=ctx.device)
+
+    # Rotary frequencies are in no file, and to_empty has just wiped them: compute them again.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(ctx.device)
+    unfilled = [n for n, _ in model.named_buffers() if not n.startswith("model.rotary_emb.")]
+    if unfilled:
+        raise ValueError(f"model type {config.model_type} has buffers that no file fills: "
+                         f"{unfilled[:3]}")
+    model.train(trainable)
+    return model
+
+
+def named_weights(model):
+    """
+    [(Hugging Face name, sharded parameter)] in a fixed order.
+
+    A forward without a backward leaves the root and the head gathered, as bf16 copies on a GPU;
+    what is saved must be the fp32 masters, so they are put back to their shards first.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    prefix = "_checkpoint_wrapped_module."  # of activation checkpointing
+    return [(name.replace(prefix, ""), param) for name, param in model.named_parameters()]
+
+
+def load_policy(path, ctx, **build_options):
+    """The policy of a model folder or hub id, sharded over ctx.mesh; options as in build_policy."""
+    folder = model_folder(path, ctx)
+    model = build_policy(load_config(folder), ctx, **build_options)
+    load_weights(model, folder, ctx)
+    return model
+
+
+def load_weights(model, folder, ctx):
+    """
+    Fill a sharded model from a safetensors folder; every rank reads its own rows only.
+
+    Raises RankFailure on all ranks when a file is corrupt or a tensor missing, misshapen or
+    unexpected.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    weights = dict(named_weights(model))
+    with raise_on_all_ranks(ctx, f"loading {folder}"):
+        files = stored_tensors(folder)
+        missing = [name for name in weights if name not in files]
+        # A tied head and old rotary buffers are not read; other formats lie in files of their own.
+        read = {files[name] for name in weights.keys() & files}
+        known = weights.keys() | ({"lm_head.weight"} if model.lm_head is None else set())
+        extra = [name for name, file in files.items()
+                 if file in read and name not in known and "rotary_emb" not in name]
+        if missing or extra:
+            raise ValueError(f"the weights do not fit config.json, or a file is missing: "
+                             f"{len(missing)} tensors not found {missing[:3]}, "
+                             f"{len(extra)} unexpected {extra[:3]}")
+    reader = dcp.HuggingFaceStorageReader(folder)
+    try:
+        dcp.load(weights, storage_reader=reader, process_group=ctx.control)
+    except dcp.CheckpointException as error:
+        raise RankFailure(f"loading {folder} failed: {first_cause(error)}") from error
+
+
+def first_cause(error):
+    """One line for torch's CheckpointException: what went wrong on the first rank that failed."""
+    reason = next(iter(error.failures.values()))[0]
+    return f"{type(reason).__name__}: {str(reason).splitlines()[0]}"
+
+
+def clip_gradients(model, max_norm):
+    """Scale gradients to a global norm of at most max_norm (0: any); returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def make_schedule(cfg, optimizer, horizon):
+    """transformers' learning-rate schedule --lr_scheduler_type, which ends at step `horizon`."""
+    import transformers
+
+    kind, warmup = cfg.lr_scheduler_type, round(cfg.warmup_ratio * horizon)
+    extra = {"min_lr_rate": cfg.min_lr_rate} if kind == "cosine_with_min_lr" else None
+    return transformers.get_scheduler(kind, optimizer, warmup, horizon, extra)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Process group
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Dist:
@@ -214,6 +521,35 @@ def raise_on_all_ranks(ctx, what):
         raise RankFailure(f"{what} failed on {'; '.join(failed.values())}") from error
 
 
+@contextlib.contextmanager
+def stop_on_signal(ctx):
+    """
+    Yields a function that says, equally on all ranks, whether SIGTERM or SIGINT came to any.
+
+    The loop asks once per step, saves and leaves. A second SIGINT interrupts at once. After the
+    block both are ignored: torchrun sends SIGTERM to all ranks when one has failed, and must not
+    cut clean-up and the last line short.
+    """
+    received = []
+
+    def note(number, frame):
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt("second interrupt: leaving without saving")
+        received.append(number)
+        print(f"rank {ctx.rank}: {signal.Signals(number).name} received; "
+              "saving a checkpoint after this step", file=sys.stderr, flush=True)
+
+    def on_signals(handler):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handler)
+
+    on_signals(note)
+    try:
+        yield lambda: sum_over_ranks(ctx, {"signals": len(received)})["signals"] > 0
+    finally:
+        on_signals(signal.SIG_IGN)
+
+
 def shutdown_distributed(ctx):
     """Leave the process group at the end of a run that succeeded."""
     wait_for_all_ranks(ctx)  # rank 0 may serve the store that the others still use
@@ -237,163 +573,7 @@ def exit_process(status):
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Packed attention
-# --------------------------------------------------------------------------------------------------
-VARLEN_DEVICES = {"cuda"}  # where torch's varlen kernel runs; the memory trace adds its fake CPU
-
-
-def packed_attention(module, query, key, value, attention_mask, scaling=None, cu_seqlens=None,
-                     max_seqlen=0, **kwargs):
-    """
-    Causal attention inside each document of a pack: transformers' attn_implementation="packed".
-
-    query (1, H, T, d), key and value (1, H_kv, T, d); cu_seqlens (D + 1,) int32: document i is rows
-    cu_seqlens[i]:cu_seqlens[i + 1]; max_seqlen >= the longest. Returns ((1, T, H, d), None). The
-    cost is the sum of squared document lengths, not the square of the pack. CUDA: torch's varlen
-    kernel. CPU: one SDPA call per document, the reference for the tests.
-    """
-    if query.device.type in VARLEN_DEVICES:
-        from torch.nn.attention.varlen import varlen_attn
-
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
-        # torch 2.11 has no such argument: it takes fewer key heads without being told.
-        version = tuple(map(int, torch.__version__.split(".")[:2]))
-        grouped = {"enable_gqa": True} if version >= (2, 12) else {}
-        # The same cu_seqlens object twice: the cuDNN path recognises self-attention by identity.
-        # A window of (-1, 0) is causal.
-        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-                          scale=scaling, window_size=(-1, 0), **grouped)
-        return out.unsqueeze(0), None  # (1, T, H, d)
-    # split, not slices: the gradient of a slice is a tensor of the whole pack, filled with zeros.
-    lengths = cu_seqlens.diff().tolist()
-    documents = [
-        F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-        for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-        if q.shape[2]
-    ]
-    return torch.cat(documents, dim=2).transpose(1, 2), None  # (1, T, H, d)
-
-
-def attention_saving_policy(ctx, op, *args, **kwargs):
-    """Selective checkpointing: keep attention's output (12 GB at 14B, 24k tokens), no other."""
-    from torch.utils.checkpoint import CheckpointPolicy
-
-    keep = "varlen_attn" in str(op) or "scaled_dot_product" in str(op)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-# --------------------------------------------------------------------------------------------------
-# 3. Chunked head
-# --------------------------------------------------------------------------------------------------
-def scaled_logits(hidden, weight, temperature, dtype):
-    """
-    z of a chunk, (C, V), divided by the temperature in dtype.
-
-    At temperature 1 it stays in the model's dtype: softmax widens it on the fly, one pass less.
-    """
-    logits = hidden @ weight.T
-    return logits if temperature == 1 else logits.to(dtype).div_(temperature)
-
-
-def chunks(total, size):
-    """Slices of at most `size` that cover range(total)."""
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
-
-
-class ChunkedLogprobs(torch.autograd.Function):
-    """
-    log p(target) = z_target - logsumexp(z),  z = hidden @ weight^T / temperature, C tokens at once.
-
-    Forward keeps no logits. Backward computes each chunk's once more:
-        d z = g * (onehot(target) - softmax(z))
-        d hidden = d z @ weight / temperature,   d weight = d z^T @ hidden / temperature
-    Without the chunks, logits, their fp32 copy and their gradient cost 44 GB at 24k tokens and 152k
-    vocabulary.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk_size):
-        # bf16 -> fp32; the tests' fp64 is kept
-        accumulate = torch.promote_types(hidden.dtype, torch.float32)
-        logprobs = torch.empty(len(targets), dtype=accumulate, device=hidden.device)
-        entropy = torch.empty_like(logprobs)
-        for rows in chunks(len(targets), chunk_size):
-            logp = torch.log_softmax(
-                scaled_logits(hidden[rows], weight, temperature, accumulate), -1, dtype=accumulate)
-            logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
-            # H = - sum_v p_v log p_v, of the distribution before top_p and min_p
-            entropy[rows] = -logp.exp().mul_(logp).sum(-1)
-            del logp  # before the next chunk's is made, and before the head's weight is freed
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.chunk_size = temperature, chunk_size
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logprobs, _):
-        hidden, weight, targets = ctx.saved_tensors
-        accumulate = grad_logprobs.dtype
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # An fp32 sum: adding a dozen chunks in bf16 would lose the small ones
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight, dtype=accumulate)
-        for rows in chunks(len(targets), ctx.chunk_size):
-            p = torch.softmax(
-                scaled_logits(hidden[rows], weight, ctx.temperature, accumulate),
-                -1, dtype=accumulate)
-            g = grad_logprobs[rows, None] / ctx.temperature
-            # g (onehot - p), (C, V)
-            grad_logits = p.mul_(-g).scatter_add_(1, targets[rows, None], g).to(hidden.dtype)
-            del p
-            if grad_hidden is not None:
-                grad_hidden[rows] = grad_logits @ weight
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[rows]
-            del grad_logits
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None
-
-
-def token_logprobs(hidden, weight, targets, temperature=1.0, chunk_size=2048):
-    """
-    Log-probability of each target and entropy of each position, chunk_size rows of logits at once.
-
-    hidden (T, h); weight (V, h); targets (T,) int64. Returns logprobs (T,), entropy (T,), both at
-    least fp32; entropy carries no gradient. temperature divides the logits, as the sampler does:
-    without it the ratio of a policy sampled at T != 1 does not start at 1.
-    """
-    return ChunkedLogprobs.apply(hidden, weight, targets, temperature, chunk_size)
-
-
-def policy_forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, targets, temperature=1.0,
-                   vocab_size=None):
-    """
-    The model's forward on one pack: log-prob and entropy of every target.
-
-    input_ids, position_ids, targets (T,) int64; cu_seqlens (D + 1,) int32; max_seqlen int, at least
-    the longest document. Returns logprobs (T,), entropy (T,). Positions restart at 0 in every
-    document; targets[t] is the token after input_ids[t] in the same document. vocab_size: ids from
-    it on are padding that the sampler never draws; they are left out of the softmax, too.
-    """
-    hidden = self.model(
-        input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False,
-        cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
-    ).last_hidden_state[0]  # (T, h)
-    if self.lm_head is None:  # tied: the embedding is the head
-        weight = self.model.embed_tokens.weight[:vocab_size]
-        return token_logprobs(hidden, weight, targets, temperature, self.head_chunk_size)
-    return self.lm_head(hidden, targets, temperature, self.head_chunk_size, vocab_size)
-
-
-def head_forward(self, hidden, targets, temperature, chunk_size, vocab_size):
-    """lm_head as a unit of FSDP: its hooks gather the weight once, and all chunks use it."""
-    return token_logprobs(hidden, self.weight[:vocab_size], targets, temperature, chunk_size)
-
-
-# --------------------------------------------------------------------------------------------------
-# 4. Build and load
+# 5. Model folders
 # --------------------------------------------------------------------------------------------------
 def model_folder(path, ctx=None, weights=True):
     """
@@ -419,30 +599,6 @@ def model_folder(path, ctx=None, weights=True):
         if ctx.local_rank == 0:
             fetch()
     return Path(fetch(local_files_only=True))
-
-
-def folder_hash(folder):
-    """
-    Hash of a model folder's content, whatever its path: 16 hexadecimal digits.
-
-    Of each config, tokenizer, template and weights file: name, size and 64 pieces of 4 kB (small
-    files whole). So it notices other weights and reads 28 GB in no time.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt"):
-            size = path.stat().st_size
-            digest.update(f"{path.name}/{size}/".encode())
-            with open(path, "rb") as file:
-                for i in range(64):
-                    file.seek(max(4096, size // 64) * i)
-                    digest.update(file.read(4096))
-    return digest.hexdigest()
-
-
-def text_hash(text):
-    """Hash of a string: 16 hexadecimal digits."""
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def stored_tensors(folder):
@@ -475,6 +631,45 @@ def stored_tensors(folder):
         raise FileNotFoundError(f"{folder} holds no .safetensors (pickled .bin weights are not "
                                 "read: convert them to safetensors)")
     return tensors
+
+
+def folder_hash(folder):
+    """
+    Hash of a model folder's content, whatever its path: 16 hexadecimal digits.
+
+    Of each config, tokenizer, template and weights file: name, size and 64 pieces of 4 kB (small
+    files whole). So it notices other weights and reads 28 GB in no time.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt"):
+            size = path.stat().st_size
+            digest.update(f"{path.name}/{size}/".encode())
+            with open(path, "rb") as file:
+                for i in range(64):
+                    file.seek(max(4096, size // 64) * i)
+                    digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def text_hash(text):
+    """Hash of a string: 16 hexadecimal digits."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def load_config(path):
+    """The model's config.json as transformers reads it; ValueError when it is no model config."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001  (every field's check raises types of its own)
+        raise ValueError(f"{path}/config.json is not a model config that transformers can read: "
+                         f"{' '.join(str(error).split())[:300]}") from error
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"{path}: model type {config.model_type} is no causal language model "
+                         "of transformers")
+    return config
 
 
 # Dense decoders whose packed forward equals transformers' own (tests/test_architectures.py).
@@ -523,153 +718,6 @@ def check_architecture(config):
                              f"the packed forward equals transformers' own with {only} only")
 
 
-def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_checkpointing="none",
-                 compile_blocks=False, head_chunk_size=2048):
-    """
-    An empty (uninitialised) sharded policy on ctx.device: checkpoint, then compile, then shard.
-
-    Checkpointing inside the compiled block lets the compiler see what is recomputed; sharding comes
-    last, so that its hooks gather the weights before either runs. Trainable: fp32 master weights,
-    computed in compute_dtype, gradients reduced in fp32. Not trainable (the reference of GRPO):
-    stored in compute_dtype, no gradients.
-    """
-    import transformers  # half a second each, imported where they are used: --help needs none
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.utils.checkpoint import create_selective_checkpoint_contexts
-
-    check_architecture(config)
-    transformers.AttentionInterface.register("packed", packed_attention)
-    on_gpu = ctx.device.type == "cuda"
-    compute_dtype = compute_dtype or (torch.bfloat16 if on_gpu else torch.float32)
-    masters = torch.promote_types(compute_dtype, torch.float32)
-    store_dtype = masters if trainable else compute_dtype
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, attn_implementation="packed", dtype=store_dtype)
-    if config.tie_word_embeddings:
-        model.lm_head = None  # one matrix, one parameter: nothing to tie again after loading
-    else:
-        model.lm_head.forward = types.MethodType(head_forward, model.lm_head)
-    model.forward = types.MethodType(policy_forward, model)
-    model.head_chunk_size = head_chunk_size
-    model.requires_grad_(trainable)
-
-    if activation_checkpointing not in ("none", "full", "selective"):
-        raise ValueError(f"--activation_checkpointing {activation_checkpointing!r}: "
-                         "choose none, full or selective")
-    if trainable and activation_checkpointing != "none":
-        options = {"preserve_rng_state": False}  # nothing random happens inside a block
-        if activation_checkpointing == "selective":
-            options["context_fn"] = partial(
-                create_selective_checkpoint_contexts, attention_saving_policy)
-        for i, block in enumerate(model.model.layers):
-            # Non-reentrant by default; reentrant leaks with FSDP2.
-            model.model.layers[i] = checkpoint_wrapper(block, **options)
-    if compile_blocks:
-        for block in model.model.layers:
-            block.compile()
-
-    # reduce_dtype is explicit: what None means changed between torch versions.
-    policy = MixedPrecisionPolicy(compute_dtype, store_dtype, cast_forward_inputs=False)
-    shard = partial(fully_shard, mesh=ctx.mesh, mp_policy=policy)
-    units = [shard(block) for block in model.model.layers]
-    # Trained, the root (with the embedding) and the head are gathered once: the head's backward
-    # follows its forward. The reference has no backward, and frees them until the next forward.
-    for unit in [model] if model.lm_head is None else [model.lm_head, model]:
-        units.append(shard(unit, reshard_after_forward=not trainable))
-    for unit in units if ctx.mesh.size() > 1 else []:  # one rank would divide by 1, a pass more
-        # Gradients are SUMMED over ranks. The loss is already divided by the token count of all
-        # ranks; the average that FSDP takes by default would divide a second time. (The force-sum
-        # flag makes this work on gloo.)
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)
-    model.to_empty(device=ctx.device)
-
-    # Rotary frequencies are in no file, and to_empty has just wiped them: compute them again.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(ctx.device)
-    unfilled = [n for n, _ in model.named_buffers() if not n.startswith("model.rotary_emb.")]
-    if unfilled:
-        raise ValueError(f"model type {config.model_type} has buffers that no file fills: "
-                         f"{unfilled[:3]}")
-    model.train(trainable)
-    return model
-
-
-def named_weights(model):
-    """
-    [(Hugging Face name, sharded parameter)] in a fixed order.
-
-    A forward without a backward leaves the root and the head gathered, as bf16 copies on a GPU;
-    what is saved must be the fp32 masters, so they are put back to their shards first.
-    """
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    prefix = "_checkpoint_wrapped_module."  # of activation checkpointing
-    return [(name.replace(prefix, ""), param) for name, param in model.named_parameters()]
-
-
-def load_weights(model, folder, ctx):
-    """
-    Fill a sharded model from a safetensors folder; every rank reads its own rows only.
-
-    Raises RankFailure on all ranks when a file is corrupt or a tensor missing, misshapen or
-    unexpected.
-    """
-    import torch.distributed.checkpoint as dcp
-
-    weights = dict(named_weights(model))
-    with raise_on_all_ranks(ctx, f"loading {folder}"):
-        files = stored_tensors(folder)
-        missing = [name for name in weights if name not in files]
-        # A tied head and old rotary buffers are not read; other formats lie in files of their own.
-        read = {files[name] for name in weights.keys() & files}
-        known = weights.keys() | ({"lm_head.weight"} if model.lm_head is None else set())
-        extra = [name for name, file in files.items()
-                 if file in read and name not in known and "rotary_emb" not in name]
-        if missing or extra:
-            raise ValueError(f"the weights do not fit config.json, or a file is missing: "
-                             f"{len(missing)} tensors not found {missing[:3]}, "
-                             f"{len(extra)} unexpected {extra[:3]}")
-    reader = dcp.HuggingFaceStorageReader(folder)
-    try:
-        dcp.load(weights, storage_reader=reader, process_group=ctx.control)
-    except dcp.CheckpointException as error:
-        raise RankFailure(f"loading {folder} failed: {first_cause(error)}") from error
-
-
-def first_cause(error):
-    """One line for torch's CheckpointException: what went wrong on the first rank that failed."""
-    reason = next(iter(error.failures.values()))[0]
-    return f"{type(reason).__name__}: {str(reason).splitlines()[0]}"
-
-
-def load_config(path):
-    """The model's config.json as transformers reads it; ValueError when it is no model config."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001  (every field's check raises types of its own)
-        raise ValueError(f"{path}/config.json is not a model config that transformers can read: "
-                         f"{' '.join(str(error).split())[:300]}") from error
-    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
-        raise ValueError(f"{path}: model type {config.model_type} is no causal language model "
-                         "of transformers")
-    return config
-
-
-def load_policy(path, ctx, **build_options):
-    """The policy of a model folder or hub id, sharded over ctx.mesh; options as in build_policy."""
-    folder = model_folder(path, ctx)
-    model = build_policy(load_config(folder), ctx, **build_options)
-    load_weights(model, folder, ctx)
-    return model
-
-
 TOKENIZER_PROBE = ("x_{12}=3.75, so  \\frac{a}{b} >= 1024?\n\n<think>\nI'd say \\boxed{7}.</think>"
                    " \u03c0\u221a")
 
@@ -716,24 +764,6 @@ def generation_config(folder, stop_token_id):
     return config
 
 
-def clip_gradients(model, max_norm):
-    """Scale gradients to a global norm of at most max_norm (0: any); returns the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-def make_schedule(cfg, optimizer, horizon):
-    """transformers' learning-rate schedule --lr_scheduler_type, which ends at step `horizon`."""
-    import transformers
-
-    kind, warmup = cfg.lr_scheduler_type, round(cfg.warmup_ratio * horizon)
-    extra = {"min_lr_rate": cfg.min_lr_rate} if kind == "cosine_with_min_lr" else None
-    return transformers.get_scheduler(kind, optimizer, warmup, horizon, extra)
-
-
-# --------------------------------------------------------------------------------------------------
-# 5. Save as a Hugging Face folder
-# --------------------------------------------------------------------------------------------------
 def save_hf(model, folder, ctx, dtype, tokenizer=None, generation_config=None,
             one_per_node=False, durable=True):
     """
@@ -889,6 +919,26 @@ def save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step, trainer_
     return folder
 
 
+def load_checkpoint(model, optimizer, scheduler, ctx, folder):
+    """
+    Restore model, optimizer and schedule; returns trainer.json as a dict. Collective.
+
+    Another world size works: DCP reshards. There is no random state to restore: data order and
+    sampling seeds are functions of (seed, epoch) and (seed, step, place, sample).
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=folder, process_group=ctx.control)
+    set_state_dict(model, optimizer, model_state_dict=state["model"],
+                   optim_state_dict=state["optimizer"])
+    trainer = json.loads((folder / "trainer.json").read_text())
+    scheduler.load_state_dict(trainer["scheduler"])
+    return trainer
+
+
 def checkpoint_defect(folder, rank=0, world_size=1):
     """What is wrong with this rank's share of a checkpoint's files; '' if they are as written."""
     try:
@@ -912,34 +962,6 @@ def newest_checkpoint(output_dir, ctx):
             print(f"checkpoint step {step} is damaged ({'; '.join(filter(None, defects))}); "
                   "looking at the one before it", file=sys.stderr)
     return None
-
-
-def load_checkpoint(model, optimizer, scheduler, ctx, folder):
-    """
-    Restore model, optimizer and schedule; returns trainer.json as a dict. Collective.
-
-    Another world size works: DCP reshards. There is no random state to restore: data order and
-    sampling seeds are functions of (seed, epoch) and (seed, step, place, sample).
-    """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=folder, process_group=ctx.control)
-    set_state_dict(model, optimizer, model_state_dict=state["model"],
-                   optim_state_dict=state["optimizer"])
-    trainer = json.loads((folder / "trainer.json").read_text())
-    scheduler.load_state_dict(trainer["scheduler"])
-    return trainer
-
-
-def nothing_left_to_train(output_dir, checkpoint, step, total_steps):
-    """Whether training is over and `final` was written after its last checkpoint."""
-    final = Path(output_dir, "final", "config.json")
-    if step != total_steps or not final.is_file():
-        return step > total_steps
-    return final.stat().st_mtime >= Path(checkpoint, "manifest.json").stat().st_mtime
 
 
 @dataclass
@@ -1012,37 +1034,16 @@ def differences(then, now):
     return "; ".join(f"{n}: {then.get(n)!r} then, {now.get(n)!r} now" for n in names)
 
 
-@contextlib.contextmanager
-def stop_on_signal(ctx):
-    """
-    Yields a function that says, equally on all ranks, whether SIGTERM or SIGINT came to any.
-
-    The loop asks once per step, saves and leaves. A second SIGINT interrupts at once. After the
-    block both are ignored: torchrun sends SIGTERM to all ranks when one has failed, and must not
-    cut clean-up and the last line short.
-    """
-    received = []
-
-    def note(number, frame):
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt("second interrupt: leaving without saving")
-        received.append(number)
-        print(f"rank {ctx.rank}: {signal.Signals(number).name} received; "
-              "saving a checkpoint after this step", file=sys.stderr, flush=True)
-
-    def on_signals(handler):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handler)
-
-    on_signals(note)
-    try:
-        yield lambda: sum_over_ranks(ctx, {"signals": len(received)})["signals"] > 0
-    finally:
-        on_signals(signal.SIG_IGN)
+def nothing_left_to_train(output_dir, checkpoint, step, total_steps):
+    """Whether training is over and `final` was written after its last checkpoint."""
+    final = Path(output_dir, "final", "config.json")
+    if step != total_steps or not final.is_file():
+        return step > total_steps
+    return final.stat().st_mtime >= Path(checkpoint, "manifest.json").stat().st_mtime
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Cost, flags, run log
+# 7. Cost and memory
 # --------------------------------------------------------------------------------------------------
 def flops_per_pack(config, lengths):
     """
@@ -1231,6 +1232,9 @@ def describe_memory(parts, engine_share=0.0):
             f"with 5 GB for CUDA and NCCL{engine}: {verdicts}")
 
 
+# --------------------------------------------------------------------------------------------------
+# 8. Run
+# --------------------------------------------------------------------------------------------------
 def check_flags(cfg, choices=None, above_0=(), not_negative=(), shares=()):
     """Refuse impossible values, {flag: allowed} or lists of flags; raises ValueError."""
     for flag, allowed in (choices or {}).items():
