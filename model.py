@@ -157,11 +157,9 @@ class ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, _):
         hidden, weight, targets = ctx.saved_tensors
         accumulate = grad_logprobs.dtype
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_hidden = torch.empty_like(hidden)
         # An fp32 sum: adding a dozen chunks in bf16 would lose the small ones
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight, dtype=accumulate)
+        grad_weight = torch.zeros_like(weight, dtype=accumulate)
         for rows in chunks(len(targets), ctx.chunk_size):
             p = torch.softmax(
                 scaled_logits(hidden[rows], weight, ctx.temperature, accumulate),
@@ -170,13 +168,10 @@ class ChunkedLogprobs(torch.autograd.Function):
             # g (onehot - p), (C, V)
             grad_logits = p.mul_(-g).scatter_add_(1, targets[rows, None], g).to(hidden.dtype)
             del p
-            if grad_hidden is not None:
-                grad_hidden[rows] = grad_logits @ weight
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[rows]
+            grad_hidden[rows] = grad_logits @ weight
+            grad_weight += grad_logits.T @ hidden[rows]
             del grad_logits
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
 def token_logprobs(hidden, weight, targets, temperature=1.0, chunk_size=2048):
@@ -230,13 +225,11 @@ def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_che
     """
     import transformers  # half a second each, imported where they are used: --help needs none
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
     check_architecture(config)
     transformers.AttentionInterface.register("packed", packed_attention)
-    on_gpu = ctx.device.type == "cuda"
-    compute_dtype = compute_dtype or (torch.bfloat16 if on_gpu else torch.float32)
+    compute_dtype = compute_dtype or ctx.compute_dtype
     masters = torch.promote_types(compute_dtype, torch.float32)
     store_dtype = masters if trainable else compute_dtype
     with torch.device("meta"):
@@ -250,9 +243,6 @@ def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_che
     model.head_chunk_size = head_chunk_size
     model.requires_grad_(trainable)
 
-    if activation_checkpointing not in ("none", "full", "selective"):
-        raise ValueError(f"--activation_checkpointing {activation_checkpointing!r}: "
-                         "choose none, full or selective")
     if trainable and activation_checkpointing != "none":
         options = {"preserve_rng_state": False}  # nothing random happens inside a block
         if activation_checkpointing == "selective":
@@ -264,31 +254,31 @@ def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_che
     if compile_blocks:
         for block in model.model.layers:
             block.compile()
+    shard_model(model, ctx.mesh, compute_dtype, store_dtype, trainable)
+    model.to_empty(device=ctx.device)
+    # Rotary frequencies are in no file, and to_empty has just wiped them: compute them again.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(ctx.device)
+    return model.train(trainable)
+
+
+def shard_model(model, mesh, compute_dtype, store_dtype, trainable):
+    """FSDP2 over the mesh: a unit per block, the head and the root; gradients are summed."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # reduce_dtype is explicit: what None means changed between torch versions.
     policy = MixedPrecisionPolicy(compute_dtype, store_dtype, cast_forward_inputs=False)
-    shard = partial(fully_shard, mesh=ctx.mesh, mp_policy=policy)
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy)
     units = [shard(block) for block in model.model.layers]
     # Trained, the root (with the embedding) and the head are gathered once: the head's backward
     # follows its forward. The reference has no backward, and frees them until the next forward.
     for unit in [model] if model.lm_head is None else [model.lm_head, model]:
         units.append(shard(unit, reshard_after_forward=not trainable))
-    for unit in units if ctx.mesh.size() > 1 else []:  # one rank would divide by 1, a pass more
+    for unit in units if mesh.size() > 1 else []:  # one rank would divide by 1, a pass more
         # Gradients are SUMMED over ranks. The loss is already divided by the token count of all
-        # ranks; the average that FSDP takes by default would divide a second time. (The force-sum
-        # flag makes this work on gloo.)
+        # ranks; the average that FSDP takes by default would divide a second time. (force-sum:
+        # gloo cannot average.)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-    model.to_empty(device=ctx.device)
-
-    # Rotary frequencies are in no file, and to_empty has just wiped them: compute them again.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(ctx.device)
-    unfilled = [n for n, _ in model.named_buffers() if not n.startswith("model.rotary_emb.")]
-    if unfilled:
-        raise ValueError(f"model type {config.model_type} has buffers that no file fills: "
-                         f"{unfilled[:3]}")
-    model.train(trainable)
-    return model
 
 
 def named_weights(model):
@@ -296,7 +286,7 @@ def named_weights(model):
     [(Hugging Face name, sharded parameter)] in a fixed order.
 
     A forward without a backward leaves the root and the head gathered, as bf16 copies on a GPU;
-    what is saved must be the fp32 masters, so they are put back to their shards first.
+    what is saved must be the fp32 masters, so they go back to their shards first.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -328,15 +318,13 @@ def load_weights(model, folder, ctx):
     with raise_on_all_ranks(ctx, f"loading {folder}"):
         files = stored_tensors(folder)
         missing = [name for name in weights if name not in files]
-        # A tied head and old rotary buffers are not read; other formats lie in files of their own.
+        # Other formats, in files of their own, are not read, nor a tied head, nor rotary buffers.
         read = {files[name] for name in weights.keys() & files}
-        known = weights.keys() | ({"lm_head.weight"} if model.lm_head is None else set())
-        extra = [name for name, file in files.items()
-                 if file in read and name not in known and "rotary_emb" not in name]
+        extra = [name for name in files if name not in weights and files[name] in read
+                 and name != "lm_head.weight" and "rotary_emb" not in name]
         if missing or extra:
-            raise ValueError(f"the weights do not fit config.json, or a file is missing: "
-                             f"{len(missing)} tensors not found {missing[:3]}, "
-                             f"{len(extra)} unexpected {extra[:3]}")
+            raise ValueError(f"config.json does not fit, or a file is missing: {len(missing)} "
+                             f"tensors not found {missing[:3]}, {len(extra)} unexpected {extra[:3]}")
     reader = dcp.HuggingFaceStorageReader(folder)
     try:
         dcp.load(weights, storage_reader=reader, process_group=ctx.control)
@@ -353,7 +341,7 @@ def first_cause(error):
 def clip_gradients(model, max_norm):
     """Scale gradients to a global norm of at most max_norm (0: any); returns the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    return float(norm.full_tensor())
 
 
 def make_schedule(cfg, optimizer, horizon):
@@ -1156,7 +1144,7 @@ def trace_training(config, ranks, micro_batches, reference=False, shard_size=0, 
     names = "replicate", "shard"
     mesh = dist.init_device_mesh("cpu", (ranks // shards, shards), mesh_dim_names=names)
     mesh = mesh if shards < ranks else mesh["shard"]
-    ctx = types.SimpleNamespace(device=torch.device("cpu"), mesh=mesh)
+    ctx = types.SimpleNamespace(device=torch.device("cpu"), mesh=mesh, compute_dtype=torch.bfloat16)
     memory, resize = LiveBytes(config.vocab_size), torch.UntypedStorage.resize_
 
     def resize_and_record(storage, size):  # how FSDP frees gathered weights and takes them back
@@ -1176,9 +1164,9 @@ def trace_training(config, ranks, micro_batches, reference=False, shard_size=0, 
 
     with FakeTensorMode(), memory:
         memory.phase = "weights"
-        model = build_policy(config, ctx, torch.bfloat16, **build_options)
+        model = build_policy(config, ctx, **build_options)
         memory.phase = "reference"
-        frozen = reference and build_policy(config, ctx, torch.bfloat16, trainable=False,
+        frozen = reference and build_policy(config, ctx, trainable=False,
                                             head_chunk_size=model.head_chunk_size)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         for step in (micro_batches[:1], micro_batches):  # from the second on there are moments

@@ -227,7 +227,7 @@ def count_collectives(layers, cases):
     for mesh_shape, tie, options in cases:
         names = ("replicate", "shard")[-len(mesh_shape):]
         mesh = dist.init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
-        ctx = SimpleNamespace(device=torch.device("cpu"), mesh=mesh)
+        ctx = SimpleNamespace(device=torch.device("cpu"), mesh=mesh, compute_dtype=torch.float32)
         sizes = {**SMALL, "tie_word_embeddings": tie}
         config = transformers.Qwen2Config(**sizes, num_hidden_layers=layers)
         model = build_policy(config, ctx, **options)
