@@ -25,7 +25,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import socket
@@ -386,8 +385,7 @@ def setup_distributed(timeout_minutes=30.0, shard_size=0, needs_gpu=True):
     timeout_minutes: deadline of every wait between ranks; a collective of the mesh has the shorter
     of it and COLLECTIVE_TIMEOUT. shard_size: ranks that hold one copy of the weights between them;
     0 = all. A divisor of the world size gives hybrid sharding: shard inside a group (one machine,
-    where links are fast), replicate across groups. needs_gpu: whether a CUDA build of torch that
-    finds no GPU is an error (a plan needs none).
+    where links are fast), replicate across groups. needs_gpu=False: a plan, which needs none.
     Raises ValueError for flags or a GPU that cannot be used, RankFailure when a rank does not come.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -395,8 +393,7 @@ def setup_distributed(timeout_minutes=30.0, shard_size=0, needs_gpu=True):
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     shard_size = shard_size or world_size
     if world_size % shard_size:
-        raise ValueError(f"--shard_size {shard_size} does not divide the {world_size} ranks; "
-                         "choose a divisor, or 0 for all")
+        raise ValueError(f"--shard_size {shard_size} does not divide the {world_size} ranks")
     if "RANK" in os.environ:
         # kill -9 of torchrun must not leave ranks training: they get SIGTERM, save and exit.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -409,8 +406,7 @@ def setup_distributed(timeout_minutes=30.0, shard_size=0, needs_gpu=True):
         torch.cuda.set_device(device)
     elif needs_gpu and torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         raise ValueError(f"torch {torch.__version__} is built for CUDA but can use no GPU here; "
-                         "check the driver with nvidia-smi, or set CUDA_VISIBLE_DEVICES to the "
-                         "empty string to compute on the CPU")
+                         'check nvidia-smi, or set CUDA_VISIBLE_DEVICES="" to use the CPU')
     else:
         device, backend = torch.device("cpu"), "gloo"
         # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle; all of them would be too many.
@@ -472,11 +468,8 @@ def sum_over_ranks(ctx, sums):
 
 
 def max_over_ranks(ctx, number):
-    """Largest of a number over ranks, as a float."""
-    wait_for_all_ranks(ctx)
-    largest = torch.tensor(number, dtype=torch.float64)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=ctx.control)
-    return float(largest)
+    """Largest of a number over ranks."""
+    return max(gather_objects(ctx, number))
 
 
 class Stopped(RuntimeError):
@@ -549,9 +542,8 @@ def exit_process(status):
     End this process at once; the last line of every program that has a process group.
 
     The interpreter's own shutdown would wait, after a failure, for collectives that other ranks
-    will never join. After a success it can abort: a thread of gloo that releases a collective's
-    tensor needs the interpreter, and one that asks while the interpreter ends is unwound through a
-    destructor ("terminate called without an active exception"; one run in ten, torch 2.13).
+    will never join. After a success it aborts one run in ten (torch 2.13): a thread of gloo needs
+    the interpreter while that is ending ("terminate called without an active exception").
     """
     if status == 0:
         atexit._run_exitfuncs()
@@ -567,8 +559,8 @@ def model_folder(path, ctx=None, weights=True):
     """
     The local folder of a model given as path or hub id; with ctx one rank per machine downloads.
 
-    weights=False leaves the safetensors of a hub id where they are: a tokenizer or a plan needs
-    none of the gigabytes. Raises FileNotFoundError when path is neither a model folder nor an id.
+    weights=False: without the safetensors, for a tokenizer or a plan. Raises FileNotFoundError
+    when path is neither a model folder nor an id.
     """
     local = Path(path)
     if local.is_dir():
@@ -593,18 +585,13 @@ def stored_tensors(folder):
     """
     {tensor name: file} by the headers of a folder's safetensors files; a pickle is never opened.
 
-    Raises FileNotFoundError when there is none or one is missing that the index names, ValueError
-    when one is corrupt or was cut short (a header says how long its file is) or when two hold the
-    same tensor.
+    Raises FileNotFoundError when there is none, ValueError when one is corrupt or was cut short
+    (a header says how long its file is) or when two hold the same tensor.
     """
     from safetensors import SafetensorError, safe_open
 
-    folder, tensors = Path(folder), {}
-    files, index = set(folder.glob("*.safetensors")), folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = re.findall(r'"([^"]+\.safetensors)"', index.read_text())
-        files |= {folder / name for name in named}
-    for file in sorted(files):
+    tensors = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as opened:
                 names = opened.keys()
@@ -613,7 +600,7 @@ def stored_tensors(folder):
                              "download or export it again") from error
         if twice := tensors.keys() & names:
             raise ValueError(f"{min(twice)} is in {file} and in another file beside it; "
-                             "remove the one that is no part of the model")
+                             "remove the one that is not the model's")
         tensors |= dict.fromkeys(names, file)
     if not tensors:
         raise FileNotFoundError(f"{folder} holds no .safetensors (pickled .bin weights are not "
