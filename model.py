@@ -746,9 +746,8 @@ def save_hf(model, folder, ctx, dtype, tokenizer=None, generation_config=None,
 
     Every rank gathers every tensor, cast to dtype before, keeps those it owns and writes one
     safetensors file; rank 0 adds index and config; one rename publishes the folder. one_per_node:
-    every machine writes its own copy (for /dev/shm); otherwise all ranks write one copy to a file
-    system they share. durable: flushed to disk before the rename.
-    Returns the fingerprint, a 63-bit sum over the published bits: equal weights give equal
+    every machine writes a copy of its own (for /dev/shm). durable: flushed to disk before the
+    rename. Returns the fingerprint, a 63-bit sum over the published bits: equal weights give equal
     fingerprints. Raises RankFailure on all ranks when one cannot write.
     """
     from safetensors.torch import save_file
@@ -772,8 +771,7 @@ def save_hf(model, folder, ctx, dtype, tokenizer=None, generation_config=None,
     mine, fingerprint = {}, 0
     with torch.no_grad():
         for name, param in weights:
-            full = param.detach().to(dtype)
-            full = full.full_tensor() if hasattr(full, "full_tensor") else full
+            full = param.detach().to(dtype).full_tensor()
             if owner[name] == rank:
                 # Weighted by name, so that two tensors that swap places change the sum.
                 fingerprint += sum_of_bits(full) * (zlib.crc32(name.encode()) | 1)
@@ -941,10 +939,9 @@ def newest_checkpoint(output_dir, ctx):
 
 @dataclass
 class Run:
-    """What open_run found: the checkpoint to resume from, or None."""
+    """What open_run found."""
 
-    checkpoint: Path | None
-    identity: dict
+    checkpoint: Path | None  # to resume from
     lock: object  # an open file: the folder is free again when this process ends, however it ends
 
 
@@ -952,11 +949,11 @@ def open_run(ctx, cfg, identity):
     """
     Claim cfg.output_dir for this run, find the checkpoint to resume from, write config.json.
 
-    identity {name: value}: what must not change between a run and its resumption, by content
-    (hashes of starting weights, tokenizer, template and data; packs or prompts per step). Any other
-    flag may: what changed is printed and taken. Collective. Raises RankFailure on all ranks when
-    another run uses the folder, when it already holds a run and --resume is missing, when --resume
-    finds no checkpoint, or when identity differs.
+    identity {name: value}: what a resume must not change, by content (hashes of starting weights,
+    tokenizer, template and data; packs or prompts per step). Any other flag may: what changed is
+    printed and taken. Collective. Raises RankFailure on all ranks when another run uses the folder,
+    when it holds a run and --resume is missing, when --resume finds no checkpoint, or when identity
+    differs.
     """
     output_dir, lock = Path(cfg.output_dir), None
     checkpoint = newest_checkpoint(output_dir, ctx) if cfg.resume else None
@@ -968,7 +965,7 @@ def open_run(ctx, cfg, identity):
             if cfg.resume:
                 check_resume(output_dir, checkpoint, now)
             write_atomically(output_dir / "config.json", json.dumps(now, indent=1) + "\n")
-    return Run(checkpoint, identity, lock)
+    return Run(checkpoint, lock)
 
 
 def claim_folder(output_dir, resume):
@@ -980,11 +977,9 @@ def claim_folder(output_dir, resume):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise ValueError("another run is using this folder; "
-                         "choose another --output_dir or stop that run") from error
+        raise ValueError("another run is using this folder; choose another") from error
     if not resume and (checkpoint_steps(output_dir) or (output_dir / "final").exists()):
-        raise ValueError("the folder already holds a run; "
-                         "add --resume to continue it, or choose another --output_dir")
+        raise ValueError("it already holds a run; add --resume, or choose another folder")
     for unfinished in (output_dir / "checkpoints").glob("step-*.*"):
         shutil.rmtree(unfinished)
     return lock
@@ -993,12 +988,12 @@ def claim_folder(output_dir, resume):
 def check_resume(output_dir, checkpoint, now):
     """Refuse another identity than that in config.json (ValueError); print what else changed."""
     if checkpoint is None:
-        raise ValueError("--resume found no intact checkpoint; to start from the beginning drop "
-                         "--resume, and remove the damaged checkpoints if there are any")
+        raise ValueError("--resume found no intact checkpoint; to start from the beginning drop it "
+                         "and remove damaged ones")
     then, now = json.loads((output_dir / "config.json").read_text()), json.loads(json.dumps(now))
     if changed := differences(then["identity"], now["identity"]):
         raise ValueError(f"--resume needs what the run was started with ({changed}); "
-                         "restore it, or start a new run in another --output_dir")
+                         "restore it, or start a new run elsewhere")
     if changed := differences(then, now | {"resume": then["resume"]}):
         print(f"--resume: continuing with changed settings ({changed})", file=sys.stderr)
 
@@ -1009,12 +1004,14 @@ def differences(then, now):
     return "; ".join(f"{n}: {then.get(n)!r} then, {now.get(n)!r} now" for n in names)
 
 
-def nothing_left_to_train(output_dir, checkpoint, step, total_steps):
-    """Whether training is over and `final` was written after its last checkpoint."""
-    final = Path(output_dir, "final", "config.json")
-    if step != total_steps or not final.is_file():
-        return step > total_steps
-    return final.stat().st_mtime >= Path(checkpoint, "manifest.json").stat().st_mtime
+def check_unfinished(checkpoint, step, total_steps):
+    """ValueError if a resume had nothing to do: no step, and no `final` newer than checkpoint."""
+    final = checkpoint.parents[1] / "final/config.json"
+    written = final.stat().st_mtime if final.is_file() else 0
+    saved = (checkpoint / "manifest.json").stat().st_mtime
+    if step > total_steps or (step == total_steps and written >= saved):
+        raise ValueError(f"nothing to do: {checkpoint} has reached step {step} of {total_steps}; "
+                         "to go on raise --max_steps")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1028,7 +1025,10 @@ def flops_per_pack(config, lengths):
     head; an embedding look-up is no matmul). Attention counts causal pairs of the same document,
     half the square: what the hardware must do. Recomputation is not counted.
     """
-    return 3 * (2 * matmul_params(config) * sum(lengths) + attention_flops(config, lengths))
+    width = config.num_attention_heads * head_dim(config)
+    # Per pair and layer 2 matmuls, each multiplies and adds: 4 / 2 of the square.
+    attention = 2 * sum(n * n for n in lengths) * config.num_hidden_layers * width
+    return 3 * (2 * matmul_params(config) * sum(lengths) + attention)
 
 
 def head_dim(config):
@@ -1050,12 +1050,6 @@ def parameter_count(config):
     return matmul_params(config) + (0 if config.tie_word_embeddings else embedding)
 
 
-def attention_flops(config, lengths):
-    """Forward FLOPs of causal attention: 2 matmuls x 2 l^2 / 2 x H d, summed over layers."""
-    width = config.num_attention_heads * head_dim(config)
-    return 2 * config.num_hidden_layers * width * sum(n * n for n in lengths)
-
-
 def peak_flops(device):
     """Dense bf16 peak of the GPU by data sheet, FLOP/s; None where we have no figure."""
     if device.type != "cuda":
@@ -1074,18 +1068,13 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-MEMORY_PARTS = ("weights", "gradients", "moments", "saved activations", "layer backward", "head",
-                "gathered layers", "reference")
-
-
 class LiveBytes(TorchDispatchMode):
     """Bytes of all live storages by part of a step; peak: the parts when their sum was largest."""
 
     def __init__(self, vocab_size):
         super().__init__()
         self.vocab_size, self.phase = vocab_size, ""
-        self.storages, self.live = {}, Counter(dict.fromkeys(MEMORY_PARTS, 0))
-        self.peak = self.live.copy()
+        self.storages, self.live, self.peak = {}, Counter(), Counter()
 
     def record(self, storage, part):
         key, size = id(storage), -(-storage.nbytes() // 512) * 512  # the GPU allocator's blocks
@@ -1120,7 +1109,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-def trace_training(config, ranks, micro_batches, reference=False, shard_size=0, temperature=1.0,
+def trace_training(config, ranks, tokens, reference=False, shard_size=0, temperature=1.0,
                    **build_options):
     """The work of trace_memory, in a process that is good for nothing else afterwards."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -1143,7 +1132,7 @@ def trace_training(config, ranks, micro_batches, reference=False, shard_size=0, 
     torch.softmax = torch.log_softmax = lambda z, dim, dtype: torch.empty_like(z, dtype=dtype)
     torch.UntypedStorage.resize_ = resize_and_record
 
-    def forward(model, tokens):
+    def forward(model):
         memory.phase = "saved activations"
         ids = torch.zeros(tokens, dtype=torch.int64)
         bounds = torch.zeros(2, dtype=torch.int32)
@@ -1156,13 +1145,12 @@ def trace_training(config, ranks, micro_batches, reference=False, shard_size=0, 
         frozen = reference and build_policy(config, ctx, trainable=False,
                                             head_chunk_size=model.head_chunk_size)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        for step in (micro_batches[:1], micro_batches):  # from the second on there are moments
+        for micro_batches in (1, 2):  # the second step has moments, its second micro-batch the peak
             if reference:
                 with torch.no_grad():
-                    for tokens in step:
-                        forward(frozen, tokens)
-            for tokens in step:
-                logprobs = forward(model, tokens)
+                    forward(frozen)
+            for _ in range(micro_batches):
+                logprobs = forward(model)
                 memory.phase = "layer backward"
                 logprobs.sum().backward()
                 for parameter in model.parameters():
@@ -1174,26 +1162,29 @@ def trace_training(config, ranks, micro_batches, reference=False, shard_size=0, 
     return dict(memory.peak)
 
 
-def trace_memory(config, ranks, micro_batches, **options):
+def trace_memory(config, ranks, tokens, **options):
     """
     Bytes that each of `ranks` GPUs holds at the peak of a training step: {part: bytes}.
 
     Everything but the arithmetic runs: build_policy in bf16, FSDP, checkpointing and AdamW, on fake
-    tensors in a fake process group, without GPU or weights. micro_batches: tokens of each of a
-    rank's micro-batches of a step; the largest two give the peak. options: reference (GRPO with
-    beta > 0), shard_size, temperature, and build_policy's but for compile_blocks. Takes half a
-    minute at 14B, in a process of its own, so that a real process group here is no obstacle.
+    tensors in a fake process group, without GPU or weights. tokens: of the largest micro-batches.
+    options: reference (GRPO with beta > 0), shard_size, temperature, and build_policy's but for
+    compile_blocks. Takes half a minute at 14B, in a process of its own, so that a real process
+    group here is no obstacle.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(trace_training, config, ranks, micro_batches, **options).result()
+        return process.submit(trace_training, config, ranks, tokens, **options).result()
+
+
+def print_memory(cfg, config, ranks, tokens, engine_share=0.0, **options):
+    """The plan's line about memory, for both trainers' --dry_run; options as in trace_memory."""
+    parts = trace_memory(config, ranks, tokens, shard_size=cfg.shard_size,
+                         activation_checkpointing=cfg.activation_checkpointing, **options)
+    print(f"memory     {describe_memory(parts, engine_share)}", flush=True)
 
 
 def describe_memory(parts, engine_share=0.0):
-    """
-    One line of a plan: the peak, its parts, and which cards it fits.
-
-    parts: from trace_memory; engine_share: the share of the card that vLLM holds meanwhile.
-    """
+    """The peak, its parts, and which cards it fits beside vLLM's share of the card, in a line."""
     peak = sum(parts.values()) / 1e9
     shown = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items() if size >= 5e7)
     where = "GPUs" if torch.cuda.is_available() else "GPUs (this machine has none)"
