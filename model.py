@@ -50,7 +50,6 @@ from torch.utils._pytree import tree_iter
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of one collective of the mesh: none takes a minute
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 
 
 def flag(default, text):
@@ -322,8 +321,9 @@ def load_weights(model, folder, ctx):
         extra = [name for name in files if name not in weights and files[name] in read
                  and name != "lm_head.weight" and "rotary_emb" not in name]
         if missing or extra:
-            raise ValueError(f"config.json does not fit, or a file is missing: {len(missing)} "
-                             f"tensors not found {missing[:3]}, {len(extra)} unexpected {extra[:3]}")
+            raise ValueError(
+                f"config.json does not fit, or a file is missing: {len(missing)} tensors not found "
+                f"{missing[:3]}, {len(extra)} unexpected {extra[:3]}")
     reader = dcp.HuggingFaceStorageReader(folder)
     try:
         dcp.load(weights, storage_reader=reader, process_group=ctx.control)
@@ -393,7 +393,8 @@ def setup_distributed(timeout_minutes=30.0, shard_size=0, needs_gpu=True):
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     shard_size = shard_size or world_size
     if world_size % shard_size:
-        raise ValueError(f"--shard_size {shard_size} does not divide the {world_size} ranks")
+        raise ValueError(f"--shard_size {shard_size} does not divide the {world_size} ranks; "
+                         "choose a divisor, or 0 for all")
     if "RANK" in os.environ:
         # kill -9 of torchrun must not leave ranks training: they get SIGTERM, save and exit.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -988,8 +989,8 @@ def claim_folder(output_dir, resume):
 def check_resume(output_dir, checkpoint, now):
     """Refuse another identity than that in config.json (ValueError); print what else changed."""
     if checkpoint is None:
-        raise ValueError("--resume found no intact checkpoint; to start from the beginning drop it "
-                         "and remove damaged ones")
+        raise ValueError("--resume found no intact checkpoint; to start from the beginning drop "
+                         "it, and remove damaged ones")
     then, now = json.loads((output_dir / "config.json").read_text()), json.loads(json.dumps(now))
     if changed := differences(then["identity"], now["identity"]):
         raise ValueError(f"--resume needs what the run was started with ({changed}); "
@@ -1052,9 +1053,7 @@ def parameter_count(config):
 
 def peak_flops(device):
     """Dense bf16 peak of the GPU by data sheet, FLOP/s; None where we have no figure."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peaks = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}
     return next((peak for card, peak in peaks.items() if card in name), None)
 
@@ -1224,28 +1223,27 @@ def check_common_flags(cfg):
     check_flags(
         cfg,
         choices={"activation_checkpointing": ("none", "full", "selective"),
-                 "lr_scheduler_type": schedules, "report_to": TRACKERS},
+                 "lr_scheduler_type": schedules,
+                 "report_to": ("none", "tensorboard", "wandb", "trackio")},
         above_0=("learning_rate", "num_train_epochs", "eval_steps", "timeout_minutes"),
         not_negative=("max_grad_norm", "weight_decay", "save_steps", "save_total_limit",
                       "shard_size"),
         shares=("warmup_ratio", "min_lr_rate", "adam_beta2"))
     if cfg.ranks and not cfg.dry_run:
-        raise ValueError(f"--ranks {cfg.ranks} is for a --dry_run; torchrun's --nproc_per_node "
-                         "decides how many ranks train")
+        raise ValueError(f"--ranks {cfg.ranks} is for a --dry_run; torchrun starts the ranks")
     if cfg.adam_beta2 == 1:
         raise ValueError("--adam_beta2 1.0 never forgets the first gradient; choose below 1")
     if cfg.report_to != "none" and importlib.util.find_spec(cfg.report_to) is None:
-        raise ValueError(f"--report_to {cfg.report_to}: not installed (pip install "
-                         f"{cfg.report_to}); metrics.jsonl is written in any case")
+        raise ValueError(f"--report_to {cfg.report_to}: pip install {cfg.report_to} first")
 
 
 def schedule_horizon(cfg, total_steps):
     """The step at which the schedule ends: --lr_horizon, or the last; ValueError if too early."""
     horizon = cfg.lr_horizon if cfg.lr_horizon > 0 else total_steps
     if horizon < total_steps and not cfg.lr_scheduler_type.startswith("constant"):
-        raise ValueError(f"--lr_horizon {horizon} is below the {total_steps} steps to train: after "
-                         "it a cosine rises again and a line stays at 0; raise it, or lower "
-                         "--max_steps")
+        # After its end a cosine would rise again and a line would stay at 0.
+        raise ValueError(f"--lr_horizon {horizon} is below the {total_steps} steps to train; "
+                         "raise it")
     return horizon
 
 
@@ -1385,9 +1383,8 @@ def git_commit():
     import subprocess
 
     describe = ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
-    try:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True,
                               check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()
+        return done.stdout.strip()
+    return "unknown"
