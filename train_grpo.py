@@ -51,12 +51,12 @@ from data import (
     MODEL_INPUTS, check_lengths, collate, load_problems, micro_batches, set_chat_template,
     stop_token_id, system_prompt_text)
 from model import (
-    RunLog, Stopped, check_common_flags, check_flags, clip_gradients, describe_memory, flag,
+    RunLog, Stopped, check_common_flags, check_flags, check_unfinished, clip_gradients, flag,
     flops_per_pack, folder_hash, gather_objects, generation_config, last_checkpoint,
     load_checkpoint, load_config, load_policy, load_tokenizer, make_schedule, max_over_ranks,
-    model_folder, nothing_left_to_train, open_run, peak_flops, peak_memory_gb, raise_on_all_ranks,
+    model_folder, open_run, peak_flops, peak_memory_gb, print_memory, raise_on_all_ranks,
     run_main, save_checkpoint, save_hf, schedule_horizon, setup_distributed, shutdown_distributed,
-    stop_on_signal, sum_over_ranks, text_hash, trace_memory, wait_for_all_ranks, write_atomically)
+    stop_on_signal, sum_over_ranks, text_hash, wait_for_all_ranks, write_atomically)
 from rewards import RewardOptions, check_reward_options, gold_answer, rewards_for_group
 from rollout import (
     PROBE_TOLERANCE, Engine, clean_sync_folder, completion_text, engine_layout, sampling_seed,
@@ -285,7 +285,9 @@ def main(cfg):
             print(f"padding    {padding} ids beyond the tokenizer's: never sampled", flush=True)
     if cfg.dry_run:
         if ctx.is_main:
-            print_memory(cfg, model_config, ctx, max_tokens)
+            awake = 0.0 if cfg.vllm_sleep else cfg.gpu_memory_utilization
+            print_memory(cfg, model_config, cfg.ranks or ctx.world_size, max_tokens, awake,
+                         reference=cfg.beta > 0, temperature=cfg.temperature)
         return
 
     # --------------------------------------------------------------------------- engines and model
@@ -304,9 +306,7 @@ def main(cfg):
     if run.checkpoint:
         state = load_checkpoint(model, optimizer, scheduler, ctx, run.checkpoint)
         step, cursor = state["step"], state["cursor"]
-        if nothing_left_to_train(output_dir, run.checkpoint, step, total_steps):
-            raise ValueError(f"nothing to do: {run.checkpoint} has reached step {step} of "
-                             f"{total_steps}; to go on raise --max_steps")
+        check_unfinished(run.checkpoint, step, total_steps)
     log = RunLog(ctx, output_dir, asdict(cfg), total_steps, step, cfg.report_to)
     sample = partial(sample_groups, engine, layout, ctx, tokenizer)  # (cfg, problems, places, step)
 
@@ -583,16 +583,6 @@ def start_engine(cfg, ctx, layout, folder, vocab_size, prompt_ids):
             if engine is not None:
                 engine.score(prompt_ids)
     return engine
-
-
-def print_memory(cfg, model_config, ctx, max_tokens):
-    """Peak memory of a step, traced without a GPU. Two full micro-batches show the peak."""
-    parts = trace_memory(
-        model_config, cfg.ranks or ctx.world_size, [max_tokens, max_tokens],
-        activation_checkpointing=cfg.activation_checkpointing, shard_size=cfg.shard_size,
-        reference=cfg.beta > 0, temperature=cfg.temperature)
-    awake = 0.0 if cfg.vllm_sleep else cfg.gpu_memory_utilization
-    print(f"memory     {describe_memory(parts, awake)}", flush=True)
 
 
 def print_plan(cfg, train, steps_per_epoch, total_steps, max_tokens, layout):

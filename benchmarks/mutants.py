@@ -84,8 +84,8 @@ DATA_MUTANTS = [
      f"{DATA} -k float32"),
 ]
 MODEL_MUTANTS = [
-    ("attention crosses documents", "bounds = cu_seqlens.tolist()",
-     "bounds = [0, int(cu_seqlens[-1])]", f"{FORWARD} -k neighbours"),
+    ("attention crosses documents", "lengths = cu_seqlens.diff().tolist()",
+     "lengths = [int(cu_seqlens[-1])]", f"{FORWARD} -k neighbours"),
     ("temperature forgotten in backward", "grad_logprobs[rows, None] / ctx.temperature",
      "grad_logprobs[rows, None]", f"{FORWARD} -k chunked_head_equals"),
     ("another temperature if tied",
