@@ -289,14 +289,14 @@ def draw_missing(cfg, ctx, layout, name, model_path, max_tokens):
         return folder
 
     engine = Engine(
-        str(model_path), max_model_len=longest, dtype=cfg.dtype, seed=cfg.seed,
+        str(model_path), max_model_len=longest, dtype=cfg.dtype,
         tensor_parallel_size=cfg.tensor_parallel_size,
         devices=layout.devices if ctx.device.type == "cuda" else None,
         gpu_memory_utilization=cfg.gpu_memory_utilization, max_num_seqs=cfg.max_num_seqs,
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         log_file=str(folder / f"engine-{layout.index}.log"))
     prompts = [questions[benchmark, key].prompt_ids for benchmark, key, _ in mine]
-    seeds = [[sampling_seed(cfg.seed, 0, f"{benchmark}/{key}", sample)]
+    seeds = [[sampling_seed(cfg.seed, f"{benchmark}/{key}", sample)]
              for benchmark, key, sample in mine]
     # groups of one sample (n=1): they arrive, and are stored, as soon as they are finished
     groups = engine.generate(

@@ -35,12 +35,12 @@ from data import (
     MODEL_INPUTS, assign_to_ranks, check_lengths, collate, load_documents, make_packs,
     set_chat_template, steps_of_epoch, stop_token_id, system_prompt_text)
 from model import (
-    RunLog, Stopped, check_common_flags, check_flags, clip_gradients, describe_memory, flag,
-    flops_per_pack, folder_hash, generation_config, last_checkpoint, load_checkpoint, load_config,
-    load_policy, load_tokenizer, make_schedule, max_over_ranks, model_folder, nothing_left_to_train,
-    open_run, parameter_count, peak_flops, peak_memory_gb, raise_on_all_ranks, run_main,
+    RunLog, Stopped, check_common_flags, check_flags, clip_gradients, flag, flops_per_pack,
+    folder_hash, generation_config, last_checkpoint, load_checkpoint, load_config, load_policy,
+    load_tokenizer, make_schedule, max_over_ranks, model_folder, nothing_left_to_train, open_run,
+    parameter_count, peak_flops, peak_memory_gb, print_memory, raise_on_all_ranks, run_main,
     save_checkpoint, save_hf, schedule_horizon, setup_distributed, shutdown_distributed,
-    stop_on_signal, sum_over_ranks, text_hash, trace_memory, wait_for_all_ranks)
+    stop_on_signal, sum_over_ranks, text_hash, wait_for_all_ranks)
 
 
 @dataclass
@@ -131,11 +131,7 @@ def main(cfg):
         print(f"model      {cfg.model_name_or_path}: {parameter_count(model_config):,} parameters "
               f"on {ranks} x {ctx.device.type}", flush=True)
     if cfg.dry_run:
-        if ctx.is_main:  # two full packs are enough to reach the peak
-            parts = trace_memory(
-                model_config, ranks, [cfg.max_length, cfg.max_length], shard_size=cfg.shard_size,
-                activation_checkpointing=cfg.activation_checkpointing)
-            print(f"memory     {describe_memory(parts)}", flush=True)
+        print_memory(cfg, ctx, model_config, cfg.max_length)
         return
 
     # --------------------------------------------------------------------- model and optimizer
