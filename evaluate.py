@@ -290,8 +290,7 @@ def draw_missing(cfg, ctx, layout, name, model_path, max_tokens):
 
     engine = Engine(
         str(model_path), max_model_len=longest, dtype=cfg.dtype,
-        tensor_parallel_size=cfg.tensor_parallel_size,
-        devices=layout.devices if ctx.device.type == "cuda" else None,
+        tensor_parallel_size=cfg.tensor_parallel_size, devices=layout.devices,
         gpu_memory_utilization=cfg.gpu_memory_utilization, max_num_seqs=cfg.max_num_seqs,
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         log_file=str(folder / f"engine-{layout.index}.log"))

@@ -256,7 +256,7 @@ class Engine:
     meanwhile. On a shared GPU make a request before the trainer allocates: vLLM sizes its KV cache
     by the memory that is free while it starts.
 
-    max_model_len: longest prompt + completion. devices: GPUs as local ranks (None: vLLM chooses).
+    max_model_len: longest prompt + completion. devices: GPUs as local ranks (None: the first).
     vocab_size: ids from here on, a padded vocabulary, are never sampled. sleep_mode: allow sleep().
     request_timeout: seconds that an engine may be silent.
     Every method raises EngineError when the engine cannot start, refuses or died too often.
@@ -291,6 +291,7 @@ class Engine:
         self.can_sleep = sleep_mode and not on_cpu
         self.request_timeout = request_timeout
         self.restarts, self.max_restarts = 0, max_restarts
+        self.busy = False  # True: it owes answers
         self.version, self.weights_folder = 0, None  # None: still on model_path's own weights
         self.log_file = Path(log_file)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -367,11 +368,10 @@ class Engine:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
         self.connection = Connection(ours.detach())
-        self.ready, self.busy = False, False  # busy: it owes answers
+        self.ready = False
         send(self.connection, self.settings)
         arguments = ["--serve", str(theirs.fileno()), str(os.getpid())]
         with theirs, open(self.log_file, "ab") as log:
-            self.log_start = log.tell()
             self.process = subprocess.Popen(
                 [sys.executable, os.path.abspath(__file__), *arguments], env=self.environment,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()],
@@ -419,12 +419,9 @@ class Engine:
         cannot_start = not self.ready and code > 0  # a wrong flag or model: it would fail again
         if cannot_start or self.restarts >= self.max_restarts:
             what = "cannot start" if cannot_start else f"died after {self.restarts} restarts"
-            with open(self.log_file, "rb") as log:
-                log.seek(self.log_start)
-                tail = log.read().decode(errors="replace").splitlines()[-30:]
-            raise EngineError("\n".join([
-                f"the engine {what} ({cause})", f"--- last lines of {self.log_file} ---", *tail
-            ])) from error
+            tail = self.log_file.read_text(errors="replace").splitlines()[-30:]
+            raise EngineError(f"the engine {what} ({cause}); last lines of {self.log_file}:\n"
+                              + "\n".join(tail)) from error
         self.restarts += 1
         print(f"rollout: engine {self.pid} died ({cause}); restart {self.restarts} of "
               f"{self.max_restarts} on weights version {self.version}, log {self.log_file}",
@@ -438,6 +435,7 @@ class Engine:
         self.process.kill()
         self.process.wait(60)
         self.connection.close()
+        self.busy = False
 
 
 def child_environment(model_path, tensor_parallel_size, devices, on_cpu):

@@ -384,7 +384,7 @@ def main(cfg):
             tokens = answer_tokens(ctx, batches, row_numbers, lengths)
             if ctx.is_main:
                 write_rollouts(output_dir, step, groups, advantages, answer_weights, tokens)
-            log.write(metrics, log_line(metrics, total_steps, any(answer_weights)))
+            log.write(metrics, log_line(metrics, times, total_steps, any(answer_weights)))
             steps_off = check_step(metrics, steps_off, probe["tolerance"], ctx)
             stopping = stop_requested()
             due = cfg.save_steps and step % cfg.save_steps == 0
@@ -444,11 +444,8 @@ def prompts_at(problems, places, seed):
 
     The place alone decides, so that a resume repeats nothing and skips nothing.
     """
-    chosen = []
-    for place in places:
-        epoch, offset = divmod(place, len(problems))
-        chosen.append(problems[epoch_order(len(problems), epoch, seed)[offset]])
-    return chosen
+    at = [divmod(place, len(problems)) for place in places]  # (epoch, offset)
+    return [problems[epoch_order(len(problems), epoch, seed)[offset]] for epoch, offset in at]
 
 
 @lru_cache(maxsize=2)
@@ -504,7 +501,7 @@ def token_rows(groups, advantages, answer_weights):
     advantages A_i, rollout_logprobs log q. The stop token is trained, too: it was sampled.
     """
     rows = []
-    answers = [(g.problem.prompt_ids, c) for g in groups for c in g.completions]
+    answers = [(g.problem.prompt_ids, c) for g in groups for c in g.completions]  # B of them
     for i, (prompt_ids, completion) in enumerate(answers):
         prompt = np.zeros(len(prompt_ids))
         ones = np.ones(len(completion.token_ids))
@@ -577,12 +574,10 @@ def start_engine(cfg, ctx, layout, folder, vocab_size, prompt_ids):
     if layout.owns_engine:
         engine = Engine(
             folder, max_model_len=cfg.max_prompt_length + cfg.max_completion_length + 1,
-            dtype=dtype_name(ctx), vocab_size=vocab_size,
-            request_timeout=cfg.request_timeout,
-            tensor_parallel_size=cfg.tensor_parallel_size,
-            devices=layout.devices if ctx.device.type == "cuda" else None,
+            dtype=dtype_name(ctx), vocab_size=vocab_size, request_timeout=cfg.request_timeout,
+            tensor_parallel_size=cfg.tensor_parallel_size, devices=layout.devices,
             gpu_memory_utilization=cfg.gpu_memory_utilization, max_num_seqs=cfg.max_num_seqs,
-            enforce_eager=cfg.enforce_eager, seed=cfg.seed, sleep_mode=cfg.vllm_sleep,
+            enforce_eager=cfg.enforce_eager, sleep_mode=cfg.vllm_sleep,
             log_file=Path(cfg.output_dir, f"engine-{layout.index}.log"))
     if ctx.device.type == "cuda":
         # vLLM sizes its KV cache by the memory that is free: it must be up before the trainer.
@@ -658,11 +653,10 @@ def cost_metrics(times, lengths, flops, engine, ctx):
     }
 
 
-def log_line(metrics, total_steps, trained):
-    """The progress line of a step."""
-    phases = [f"{phase} {metrics[f'time/{phase}']:.1f}"
-              for phase in ("rollout", "reference", "update", "sync", "eval")
-              if f"time/{phase}" in metrics]
+def log_line(metrics, times, total_steps, trained):
+    """The progress line of a step; times: seconds of its phases."""
+    phases = [f"{name.removeprefix('time/')} {seconds:.1f}"
+              for name, seconds in times.items() if name != "time/step"]
     line = (f"step {metrics['step']}/{total_steps}  reward {metrics['reward/total']:.3f}  "
             f"correct {metrics['completions/correct']:.2f}  "
             f"length {metrics['completions/mean_length']:.0f}  "

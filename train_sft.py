@@ -164,8 +164,8 @@ def main(cfg):
             # Packs of equal cost at the same time, because all ranks wait for the slowest.
             # i counts within the step's packs; -1 is an empty pack that joins the collectives.
             assignment = assign_to_ranks([costs[i] for i in members], ctx.world_size)[ctx.rank]
-            mine = [packs[members[i]] if i >= 0 else [] for i in assignment]
-            batches = [collate_pack(documents, pack, ctx) for pack in mine]
+            own_packs = [packs[members[i]] if i >= 0 else [] for i in assignment]
+            batches = [collate_pack(documents, pack, ctx) for pack in own_packs]
             trained = sum(float(batch["mask"].sum()) for batch in batches)
             denominator = sum_over_ranks(ctx, {"trained": trained})["trained"]  # N
             if denominator == 0:
