@@ -149,14 +149,15 @@ def group_advantages(rewards, scale_rewards="group", eps=1e-4):
     centered = rewards - rewards.nanmean(1, keepdim=True)  # (P, G)
     # A group of equal rewards teaches nothing, but dividing by eps would amplify its rounding.
     centered = torch.where(centered.abs() > 1e-9, centered, 0.0)  # nan becomes 0, too
-    known = ~rewards.isnan()
     if scale_rewards == "none":
         return centered
+    known = ~rewards.isnan()
     if scale_rewards == "batch":
-        return centered / (rewards[known].std().nan_to_num() + eps)
-    count = known.sum(1, keepdim=True)  # (P, 1)
-    variance = centered.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)  # (P, 1)
-    return centered / (variance.sqrt() + eps)
+        std = rewards[known].std().nan_to_num()  # of fewer than two rewards it is nan
+    else:
+        count = known.sum(1, keepdim=True)  # (P, 1)
+        std = (centered.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()  # (P, 1)
+    return centered / (std + eps)
 
 
 def loss_weights(loss_type, lengths, has_loss, max_completion_length):
