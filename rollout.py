@@ -16,14 +16,13 @@ the sampler dies.
   4. Weight sync: all ranks write a new folder, every engine loads it and drops its prefix cache,
      then both sides score a fixed probe. They must agree, and if the weights changed, the engine's
      numbers must have changed. Nobody samples before that.
-  5. Self-healing: a dead or silent engine is killed and started again on the last complete
-     weights, and only the missing samples are drawn again; at most max_restarts times.
+  5. A dead or silent engine is killed and started again on the last complete weights, and only
+     the missing samples are drawn again; at most max_restarts times.
   6. Nothing survives the trainer: a guard beside each engine kills the engine's process group as
      soon as the trainer or the engine is gone, even after kill -9.
 
-Left out: weights over NCCL (a broadcast to a dead peer hangs without an error; a folder on
-/dev/shm costs seconds and can be inspected), HTTP servers, Ray, sampling during the update (its
-samples would come from older weights), LoRA, images.
+Left out: weights over NCCL (a broadcast to a dead peer hangs without an error, a folder can be
+inspected), HTTP servers, Ray, sampling during the update, which would be from older weights.
 
 Letters: P prompts, G = n samples per prompt, S tokens of a prompt and its completion.
 """
@@ -271,9 +270,8 @@ class Engine:
             max_num_seqs=max_num_seqs, tensor_parallel_size=tensor_parallel_size,
             distributed_executor_backend="mp" if tensor_parallel_size > 1 else "uni",
             logprobs_mode="processed_logprobs")  # point 3 above
-        # Ids in, ids out: a tokenizer is needed for stop strings only.
         if Path(model_path).is_dir() and not list(Path(model_path).glob("token*.*")):
-            llm["skip_tokenizer_init"] = True
+            llm["skip_tokenizer_init"] = True  # stop strings need one, ids do not
         if on_cpu:
             # No CUDA graphs. A prompt cut in two by the scheduler rewinds its seeded generator,
             # which a CPU generator cannot do (vLLM 0.32 dies of it): prompts are prefilled whole.
@@ -392,7 +390,7 @@ class Engine:
         send(self.connection, request)
 
     def _answer(self):
-        """Next answer. Raises EOFError or OSError if there is none, EngineError if refused."""
+        """Next answer. Raises EOFError or OSError from a dead engine, EngineError if refused."""
         answer = receive(self.connection)
         if isinstance(answer, dict) and "refused" in answer:
             self.busy = False
