@@ -314,11 +314,11 @@ def main(cfg):
             # ====================================================== 4. advantages
             rewards = torch.tensor([g.scored.totals for g in groups], dtype=torch.float64)  # (P, G)
             advantages = group_advantages(rewards, cfg.scale_rewards).flatten()  # (B,)
-            completions = [c for g in groups for c in g.completions]  # B of them
-            lengths = [len(c.token_ids) for c in completions]
+            lengths = [n for g in groups for n in g.scored.lengths]  # B of them
             has_loss = ~rewards.isnan().flatten()  # (B,)
             if cfg.mask_truncated_completions:
-                has_loss &= torch.tensor([c.finish_reason != "length" for c in completions])
+                has_loss &= torch.tensor(
+                    [c.finish_reason != "length" for g in groups for c in g.completions])
             answer_weights, denominator = loss_weights(
                 cfg.loss_type, lengths, has_loss.tolist(), cfg.max_completion_length)  # [m_i], N
 
@@ -701,10 +701,10 @@ def evaluate(sample, problems, cfg):
     eval_cfg = replace(cfg, num_generations=cfg.eval_num_samples, seed=cfg.seed + 1)
     groups = sample(eval_cfg, problems, range(len(problems)))
     correct = [right is True for g in groups for right in g.scored.correct]
-    completions = [c for g in groups for c in g.completions]
-    return {"eval/pass@1": float(np.mean(correct)),
-            "eval/mean_length": float(np.mean([len(c.token_ids) for c in completions])),
-            "eval/truncated": float(np.mean([c.finish_reason == "length" for c in completions]))}
+    lengths = [n for g in groups for n in g.scored.lengths]
+    truncated = [c.finish_reason == "length" for g in groups for c in g.completions]
+    return {"eval/pass@1": float(np.mean(correct)), "eval/mean_length": float(np.mean(lengths)),
+            "eval/truncated": float(np.mean(truncated))}
 
 
 def answer_tokens(ctx, batches, row_numbers, lengths):
