@@ -1231,15 +1231,6 @@ def describe_memory(parts, engine_share=0.0):
             f"with 5 GB for CUDA and NCCL{engine}: {verdicts}")
 
 
-def print_memory(cfg, ctx, config, tokens, engine_share=0.0, **options):
-    """A --dry_run's last line. tokens: of a full micro-batch; two of them reach the peak."""
-    if ctx.is_main:
-        parts = trace_memory(
-            config, cfg.ranks or ctx.world_size, [tokens, tokens], shard_size=cfg.shard_size,
-            activation_checkpointing=cfg.activation_checkpointing, **options)
-        print(f"memory     {describe_memory(parts, engine_share)}", flush=True)
-
-
 def check_flags(cfg, choices=None, above_0=(), not_negative=(), shares=()):
     """Refuse impossible values, {flag: allowed} or lists of flags; raises ValueError."""
     for flag, allowed in (choices or {}).items():
