@@ -1,13 +1,14 @@
 """
 The policy and its machinery: transformers' own decoder, sharded with FSDP2, fed with packs.
 
-    1. process group       one rank per GPU (NCCL) or per CPU share (gloo); waits have deadlines
-    2. packed attention    documents lie end to end in one row and do not see each other
-    3. chunked head        log-probs and entropy of T tokens, never T x V logits
-    4. build and load      meta device, checkpointing, compile, fully_shard, read own rows
-    5. save_hf             every rank writes its share; one rename publishes; transformers loads it
+    1. packed attention    documents lie end to end in one row and do not see each other
+    2. chunked head        log-probs and entropy of T tokens, never T x V logits
+    3. build and load      meta device, checkpointing, compile, fully_shard, read own rows
+    4. process group       one rank per GPU (NCCL) or per CPU share (gloo); waits have deadlines
+    5. model folders       what is read, what is refused; save_hf: every rank writes its share
     6. checkpoints         torch DCP, complete or absent, checksummed; what a resume may change
-    7. run log, flags      metrics.jsonl, a bar, TensorBoard, wandb or trackio; run_main
+    7. cost and memory     model FLOPs; the peak memory of a step, traced without a GPU
+    8. run                 flags, how a program ends, metrics.jsonl and trackers
 
 Left out: tensor, pipeline and context parallelism, LoRA, 8-bit optimizers (README).
 
@@ -24,7 +25,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import socket
@@ -50,7 +50,6 @@ from torch.utils._pytree import tree_iter
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of one collective of the mesh: none takes a minute
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 
 
 def flag(default, text):
@@ -59,7 +58,302 @@ def flag(default, text):
 
 
 # --------------------------------------------------------------------------------------------------
-# 1. Process group
+# 1. Packed attention
+# --------------------------------------------------------------------------------------------------
+VARLEN_DEVICES = {"cuda"}  # where torch's varlen kernel runs; the memory trace adds its fake CPU
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, cu_seqlens=None,
+                     max_seqlen=0, **kwargs):
+    """
+    Causal attention inside each document of a pack: transformers' attn_implementation="packed".
+
+    query (1, H, T, d), key and value (1, H_kv, T, d); cu_seqlens (D + 1,) int32: document i is rows
+    cu_seqlens[i]:cu_seqlens[i + 1]; max_seqlen >= the longest. Returns ((1, T, H, d), None). The
+    cost is the sum of squared document lengths, not the square of the pack. CUDA: torch's varlen
+    kernel. CPU: one SDPA call per document, the reference for the tests.
+    """
+    if query.device.type in VARLEN_DEVICES:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
+        # torch 2.11 has no such argument: it takes fewer key heads without being told.
+        version = tuple(map(int, torch.__version__.split(".")[:2]))
+        grouped = {"enable_gqa": True} if version >= (2, 12) else {}
+        # The same cu_seqlens object twice: the cuDNN path recognises self-attention by identity.
+        # A window of (-1, 0) is causal.
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+                          scale=scaling, window_size=(-1, 0), **grouped)
+        return out.unsqueeze(0), None  # (1, T, H, d)
+    # split, not slices: the gradient of a slice is a tensor of the whole pack, filled with zeros.
+    lengths = cu_seqlens.diff().tolist()
+    documents = [
+        F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+        for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        if q.shape[2]
+    ]
+    return torch.cat(documents, dim=2).transpose(1, 2), None  # (1, T, H, d)
+
+
+def attention_saving_policy(ctx, op, *args, **kwargs):
+    """Selective checkpointing: keep attention's output (12 GB at 14B, 24k tokens), no other."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    keep = "varlen_attn" in str(op) or "scaled_dot_product" in str(op)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Chunked head, forward
+# --------------------------------------------------------------------------------------------------
+def scaled_logits(hidden, weight, temperature, dtype):
+    """
+    z of a chunk, (C, V), divided by the temperature in dtype.
+
+    At temperature 1 it stays in the model's dtype: softmax widens it on the fly, one pass less.
+    """
+    logits = hidden @ weight.T
+    return logits if temperature == 1 else logits.to(dtype).div_(temperature)
+
+
+def chunks(total, size):
+    """Slices of at most `size` that cover range(total)."""
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """
+    log p(target) = z_target - logsumexp(z),  z = hidden @ weight^T / temperature, C tokens at once.
+
+    Forward keeps no logits. Backward computes each chunk's once more:
+        d z = g * (onehot(target) - softmax(z))
+        d hidden = d z @ weight / temperature,   d weight = d z^T @ hidden / temperature
+    Without the chunks, logits, their fp32 copy and their gradient cost 44 GB at 24k tokens and 152k
+    vocabulary.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk_size):
+        # bf16 -> fp32; the tests' fp64 is kept
+        accumulate = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs = torch.empty(len(targets), dtype=accumulate, device=hidden.device)
+        entropy = torch.empty_like(logprobs)
+        for rows in chunks(len(targets), chunk_size):
+            logp = torch.log_softmax(
+                scaled_logits(hidden[rows], weight, temperature, accumulate), -1, dtype=accumulate)
+            logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
+            # H = - sum_v p_v log p_v, of the distribution before top_p and min_p
+            entropy[rows] = -logp.exp().mul_(logp).sum(-1)
+            del logp  # before the next chunk's is made, and before the head's weight is freed
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, _):
+        hidden, weight, targets = ctx.saved_tensors
+        accumulate = grad_logprobs.dtype
+        grad_hidden = torch.empty_like(hidden)
+        # An fp32 sum: adding a dozen chunks in bf16 would lose the small ones
+        grad_weight = torch.zeros_like(weight, dtype=accumulate)
+        for rows in chunks(len(targets), ctx.chunk_size):
+            p = torch.softmax(
+                scaled_logits(hidden[rows], weight, ctx.temperature, accumulate),
+                -1, dtype=accumulate)
+            g = grad_logprobs[rows, None] / ctx.temperature
+            # g (onehot - p), (C, V)
+            grad_logits = p.mul_(-g).scatter_add_(1, targets[rows, None], g).to(hidden.dtype)
+            del p
+            grad_hidden[rows] = grad_logits @ weight
+            grad_weight += grad_logits.T @ hidden[rows]
+            del grad_logits
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def token_logprobs(hidden, weight, targets, temperature=1.0, chunk_size=2048):
+    """
+    Log-probability of each target and entropy of each position, chunk_size rows of logits at once.
+
+    hidden (T, h); weight (V, h); targets (T,) int64. Returns logprobs (T,), entropy (T,), both at
+    least fp32; entropy carries no gradient. temperature divides the logits, as the sampler does:
+    without it the ratio of a policy sampled at T != 1 does not start at 1.
+    """
+    return ChunkedLogprobs.apply(hidden, weight, targets, temperature, chunk_size)
+
+
+def policy_forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, targets, temperature=1.0,
+                   vocab_size=None):
+    """
+    The model's forward on one pack: log-prob and entropy of every target.
+
+    input_ids, position_ids, targets (T,) int64; cu_seqlens (D + 1,) int32; max_seqlen int, at least
+    the longest document. Returns logprobs (T,), entropy (T,). Positions restart at 0 in every
+    document; targets[t] is the token after input_ids[t] in the same document. vocab_size: ids from
+    it on are padding that the sampler never draws; they are left out of the softmax, too.
+    """
+    hidden = self.model(
+        input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False,
+        cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+    ).last_hidden_state[0]  # (T, h)
+    if self.lm_head is None:  # tied: the embedding is the head
+        weight = self.model.embed_tokens.weight[:vocab_size]
+        return token_logprobs(hidden, weight, targets, temperature, self.head_chunk_size)
+    return self.lm_head(hidden, targets, temperature, self.head_chunk_size, vocab_size)
+
+
+def head_forward(self, hidden, targets, temperature, chunk_size, vocab_size):
+    """lm_head as a unit of FSDP: its hooks gather the weight once, and all chunks use it."""
+    return token_logprobs(hidden, self.weight[:vocab_size], targets, temperature, chunk_size)
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Build and load
+# --------------------------------------------------------------------------------------------------
+def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_checkpointing="none",
+                 compile_blocks=False, head_chunk_size=2048):
+    """
+    An empty (uninitialised) sharded policy on ctx.device: checkpoint, then compile, then shard.
+
+    Checkpointing inside the compiled block lets the compiler see what is recomputed; sharding comes
+    last, so that its hooks gather the weights before either runs. Trainable: fp32 master weights,
+    computed in compute_dtype, gradients reduced in fp32. Not trainable (the reference of GRPO):
+    stored in compute_dtype, no gradients.
+    """
+    import transformers  # half a second each, imported where they are used: --help needs none
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    check_architecture(config)
+    transformers.AttentionInterface.register("packed", packed_attention)
+    compute_dtype = compute_dtype or ctx.compute_dtype
+    masters = torch.promote_types(compute_dtype, torch.float32)
+    store_dtype = masters if trainable else compute_dtype
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="packed", dtype=store_dtype)
+    if config.tie_word_embeddings:
+        model.lm_head = None  # one matrix, one parameter: nothing to tie again after loading
+    else:
+        model.lm_head.forward = types.MethodType(head_forward, model.lm_head)
+    model.forward = types.MethodType(policy_forward, model)
+    model.head_chunk_size = head_chunk_size
+    model.requires_grad_(trainable)
+
+    if trainable and activation_checkpointing != "none":
+        options = {"preserve_rng_state": False}  # nothing random happens inside a block
+        if activation_checkpointing == "selective":
+            options["context_fn"] = partial(
+                create_selective_checkpoint_contexts, attention_saving_policy)
+        for i, block in enumerate(model.model.layers):
+            # Non-reentrant by default; reentrant leaks with FSDP2.
+            model.model.layers[i] = checkpoint_wrapper(block, **options)
+    if compile_blocks:
+        for block in model.model.layers:
+            block.compile()
+    shard_model(model, ctx.mesh, compute_dtype, store_dtype, trainable)
+    model.to_empty(device=ctx.device)
+    # Rotary frequencies are in no file, and to_empty has just wiped them: compute them again.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(ctx.device)
+    return model.train(trainable)
+
+
+def shard_model(model, mesh, compute_dtype, store_dtype, trainable):
+    """FSDP2 over the mesh: a unit per block, the head and the root; gradients are summed."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # reduce_dtype is explicit: what None means changed between torch versions.
+    policy = MixedPrecisionPolicy(compute_dtype, store_dtype, cast_forward_inputs=False)
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy)
+    units = [shard(block) for block in model.model.layers]
+    # Trained, the root (with the embedding) and the head are gathered once: the head's backward
+    # follows its forward. The reference has no backward, and frees them until the next forward.
+    for unit in [model] if model.lm_head is None else [model.lm_head, model]:
+        units.append(shard(unit, reshard_after_forward=not trainable))
+    for unit in units if mesh.size() > 1 else []:  # one rank would divide by 1, a pass more
+        # Gradients are SUMMED over ranks. The loss is already divided by the token count of all
+        # ranks; the average that FSDP takes by default would divide a second time. (force-sum:
+        # gloo cannot average.)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+def named_weights(model):
+    """
+    [(Hugging Face name, sharded parameter)] in a fixed order.
+
+    A forward without a backward leaves the root and the head gathered, as bf16 copies on a GPU;
+    what is saved must be the fp32 masters, so they go back to their shards first.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    prefix = "_checkpoint_wrapped_module."  # of activation checkpointing
+    return [(name.replace(prefix, ""), param) for name, param in model.named_parameters()]
+
+
+def load_policy(path, ctx, **build_options):
+    """The policy of a model folder or hub id, sharded over ctx.mesh; options as in build_policy."""
+    folder = model_folder(path, ctx)
+    model = build_policy(load_config(folder), ctx, **build_options)
+    load_weights(model, folder, ctx)
+    return model
+
+
+def load_weights(model, folder, ctx):
+    """
+    Fill a sharded model from a safetensors folder; every rank reads its own rows only.
+
+    Raises RankFailure on all ranks when a file is corrupt or a tensor missing, misshapen or
+    unexpected.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    weights = dict(named_weights(model))
+    with raise_on_all_ranks(ctx, f"loading {folder}"):
+        files = stored_tensors(folder)
+        missing = [name for name in weights if name not in files]
+        # Other formats, in files of their own, are not read, nor a tied head, nor rotary buffers.
+        read = {files[name] for name in weights.keys() & files}
+        extra = [name for name in files if name not in weights and files[name] in read
+                 and name != "lm_head.weight" and "rotary_emb" not in name]
+        if missing or extra:
+            raise ValueError(
+                f"config.json does not fit, or a file is missing: {len(missing)} tensors not found "
+                f"{missing[:3]}, {len(extra)} unexpected {extra[:3]}")
+    reader = dcp.HuggingFaceStorageReader(folder)
+    try:
+        dcp.load(weights, storage_reader=reader, process_group=ctx.control)
+    except dcp.CheckpointException as error:
+        raise RankFailure(f"loading {folder} failed: {first_cause(error)}") from error
+
+
+def first_cause(error):
+    """One line for torch's CheckpointException: what went wrong on the first rank that failed."""
+    reason = next(iter(error.failures.values()))[0]
+    return f"{type(reason).__name__}: {str(reason).splitlines()[0]}"
+
+
+def clip_gradients(model, max_norm):
+    """Scale gradients to a global norm of at most max_norm (0: any); returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+    return float(norm.full_tensor())
+
+
+def make_schedule(cfg, optimizer, horizon):
+    """transformers' learning-rate schedule --lr_scheduler_type, which ends at step `horizon`."""
+    import transformers
+
+    kind, warmup = cfg.lr_scheduler_type, round(cfg.warmup_ratio * horizon)
+    extra = {"min_lr_rate": cfg.min_lr_rate} if kind == "cosine_with_min_lr" else None
+    return transformers.get_scheduler(kind, optimizer, warmup, horizon, extra)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Process group
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Dist:
@@ -91,8 +385,7 @@ def setup_distributed(timeout_minutes=30.0, shard_size=0, needs_gpu=True):
     timeout_minutes: deadline of every wait between ranks; a collective of the mesh has the shorter
     of it and COLLECTIVE_TIMEOUT. shard_size: ranks that hold one copy of the weights between them;
     0 = all. A divisor of the world size gives hybrid sharding: shard inside a group (one machine,
-    where links are fast), replicate across groups. needs_gpu: whether a CUDA build of torch that
-    finds no GPU is an error (a plan needs none).
+    where links are fast), replicate across groups. needs_gpu=False: a plan, which needs none.
     Raises ValueError for flags or a GPU that cannot be used, RankFailure when a rank does not come.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -114,8 +407,7 @@ def setup_distributed(timeout_minutes=30.0, shard_size=0, needs_gpu=True):
         torch.cuda.set_device(device)
     elif needs_gpu and torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         raise ValueError(f"torch {torch.__version__} is built for CUDA but can use no GPU here; "
-                         "check the driver with nvidia-smi, or set CUDA_VISIBLE_DEVICES to the "
-                         "empty string to compute on the CPU")
+                         'check nvidia-smi, or set CUDA_VISIBLE_DEVICES="" to use the CPU')
     else:
         device, backend = torch.device("cpu"), "gloo"
         # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle; all of them would be too many.
@@ -177,11 +469,8 @@ def sum_over_ranks(ctx, sums):
 
 
 def max_over_ranks(ctx, number):
-    """Largest of a number over ranks, as a float."""
-    wait_for_all_ranks(ctx)
-    largest = torch.tensor(number, dtype=torch.float64)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=ctx.control)
-    return float(largest)
+    """Largest of a number over ranks."""
+    return max(gather_objects(ctx, number))
 
 
 class Stopped(RuntimeError):
@@ -214,6 +503,35 @@ def raise_on_all_ranks(ctx, what):
         raise RankFailure(f"{what} failed on {'; '.join(failed.values())}") from error
 
 
+@contextlib.contextmanager
+def stop_on_signal(ctx):
+    """
+    Yields a function that says, equally on all ranks, whether SIGTERM or SIGINT came to any.
+
+    The loop asks once per step, saves and leaves. A second SIGINT interrupts at once. After the
+    block both are ignored: torchrun sends SIGTERM to all ranks when one has failed, and must not
+    cut clean-up and the last line short.
+    """
+    received = []
+
+    def note(number, frame):
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt("second interrupt: leaving without saving")
+        received.append(number)
+        print(f"rank {ctx.rank}: {signal.Signals(number).name} received; "
+              "saving a checkpoint after this step", file=sys.stderr, flush=True)
+
+    def on_signals(handler):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handler)
+
+    on_signals(note)
+    try:
+        yield lambda: sum_over_ranks(ctx, {"signals": len(received)})["signals"] > 0
+    finally:
+        on_signals(signal.SIG_IGN)
+
+
 def shutdown_distributed(ctx):
     """Leave the process group at the end of a run that succeeded."""
     wait_for_all_ranks(ctx)  # rank 0 may serve the store that the others still use
@@ -225,9 +543,8 @@ def exit_process(status):
     End this process at once; the last line of every program that has a process group.
 
     The interpreter's own shutdown would wait, after a failure, for collectives that other ranks
-    will never join. After a success it can abort: a thread of gloo that releases a collective's
-    tensor needs the interpreter, and one that asks while the interpreter ends is unwound through a
-    destructor ("terminate called without an active exception"; one run in ten, torch 2.13).
+    will never join. After a success it aborts one run in ten (torch 2.13): a thread of gloo needs
+    the interpreter while that is ending ("terminate called without an active exception").
     """
     if status == 0:
         atexit._run_exitfuncs()
@@ -237,170 +554,14 @@ def exit_process(status):
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Packed attention
-# --------------------------------------------------------------------------------------------------
-VARLEN_DEVICES = {"cuda"}  # where torch's varlen kernel runs; the memory trace adds its fake CPU
-
-
-def packed_attention(module, query, key, value, attention_mask, scaling=None, cu_seqlens=None,
-                     max_seqlen=0, **kwargs):
-    """
-    Causal attention inside each document of a pack: transformers' attn_implementation="packed".
-
-    query (1, H, T, d), key and value (1, H_kv, T, d); cu_seqlens (D + 1,) int32: document i is rows
-    cu_seqlens[i]:cu_seqlens[i + 1]; max_seqlen >= the longest. Returns ((1, T, H, d), None). The
-    cost is the sum of squared document lengths, not the square of the pack. CUDA: torch's varlen
-    kernel. CPU: one SDPA call per document, the reference for the tests.
-    """
-    if query.device.type in VARLEN_DEVICES:
-        from torch.nn.attention.varlen import varlen_attn
-
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
-        # torch 2.11 has no such argument: it takes fewer key heads without being told.
-        version = tuple(map(int, torch.__version__.split(".")[:2]))
-        grouped = {"enable_gqa": True} if version >= (2, 12) else {}
-        # The same cu_seqlens object twice: the cuDNN path recognises self-attention by identity.
-        # A window of (-1, 0) is causal.
-        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-                          scale=scaling, window_size=(-1, 0), **grouped)
-        return out.unsqueeze(0), None  # (1, T, H, d)
-    # split, not slices: the gradient of a slice is a tensor of the whole pack, filled with zeros.
-    lengths = cu_seqlens.diff().tolist()
-    documents = [
-        F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-        for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-        if q.shape[2]
-    ]
-    return torch.cat(documents, dim=2).transpose(1, 2), None  # (1, T, H, d)
-
-
-def attention_saving_policy(ctx, op, *args, **kwargs):
-    """Selective checkpointing: keep attention's output (12 GB at 14B, 24k tokens), no other."""
-    from torch.utils.checkpoint import CheckpointPolicy
-
-    keep = "varlen_attn" in str(op) or "scaled_dot_product" in str(op)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-# --------------------------------------------------------------------------------------------------
-# 3. Chunked head
-# --------------------------------------------------------------------------------------------------
-def scaled_logits(hidden, weight, temperature, dtype):
-    """
-    z of a chunk, (C, V), divided by the temperature in dtype.
-
-    At temperature 1 it stays in the model's dtype: softmax widens it on the fly, one pass less.
-    """
-    logits = hidden @ weight.T
-    return logits if temperature == 1 else logits.to(dtype).div_(temperature)
-
-
-def chunks(total, size):
-    """Slices of at most `size` that cover range(total)."""
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
-
-
-class ChunkedLogprobs(torch.autograd.Function):
-    """
-    log p(target) = z_target - logsumexp(z),  z = hidden @ weight^T / temperature, C tokens at once.
-
-    Forward keeps no logits. Backward computes each chunk's once more:
-        d z = g * (onehot(target) - softmax(z))
-        d hidden = d z @ weight / temperature,   d weight = d z^T @ hidden / temperature
-    Without the chunks, logits, their fp32 copy and their gradient cost 44 GB at 24k tokens and 152k
-    vocabulary.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk_size):
-        # bf16 -> fp32; the tests' fp64 is kept
-        accumulate = torch.promote_types(hidden.dtype, torch.float32)
-        logprobs = torch.empty(len(targets), dtype=accumulate, device=hidden.device)
-        entropy = torch.empty_like(logprobs)
-        for rows in chunks(len(targets), chunk_size):
-            logp = torch.log_softmax(
-                scaled_logits(hidden[rows], weight, temperature, accumulate), -1, dtype=accumulate)
-            logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
-            # H = - sum_v p_v log p_v, of the distribution before top_p and min_p
-            entropy[rows] = -logp.exp().mul_(logp).sum(-1)
-            del logp  # before the next chunk's is made, and before the head's weight is freed
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.chunk_size = temperature, chunk_size
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logprobs, _):
-        hidden, weight, targets = ctx.saved_tensors
-        accumulate = grad_logprobs.dtype
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # An fp32 sum: adding a dozen chunks in bf16 would lose the small ones
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight, dtype=accumulate)
-        for rows in chunks(len(targets), ctx.chunk_size):
-            p = torch.softmax(
-                scaled_logits(hidden[rows], weight, ctx.temperature, accumulate),
-                -1, dtype=accumulate)
-            g = grad_logprobs[rows, None] / ctx.temperature
-            # g (onehot - p), (C, V)
-            grad_logits = p.mul_(-g).scatter_add_(1, targets[rows, None], g).to(hidden.dtype)
-            del p
-            if grad_hidden is not None:
-                grad_hidden[rows] = grad_logits @ weight
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[rows]
-            del grad_logits
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None
-
-
-def token_logprobs(hidden, weight, targets, temperature=1.0, chunk_size=2048):
-    """
-    Log-probability of each target and entropy of each position, chunk_size rows of logits at once.
-
-    hidden (T, h); weight (V, h); targets (T,) int64. Returns logprobs (T,), entropy (T,), both at
-    least fp32; entropy carries no gradient. temperature divides the logits, as the sampler does:
-    without it the ratio of a policy sampled at T != 1 does not start at 1.
-    """
-    return ChunkedLogprobs.apply(hidden, weight, targets, temperature, chunk_size)
-
-
-def policy_forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, targets, temperature=1.0,
-                   vocab_size=None):
-    """
-    The model's forward on one pack: log-prob and entropy of every target.
-
-    input_ids, position_ids, targets (T,) int64; cu_seqlens (D + 1,) int32; max_seqlen int, at least
-    the longest document. Returns logprobs (T,), entropy (T,). Positions restart at 0 in every
-    document; targets[t] is the token after input_ids[t] in the same document. vocab_size: ids from
-    it on are padding that the sampler never draws; they are left out of the softmax, too.
-    """
-    hidden = self.model(
-        input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False,
-        cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
-    ).last_hidden_state[0]  # (T, h)
-    if self.lm_head is None:  # tied: the embedding is the head
-        weight = self.model.embed_tokens.weight[:vocab_size]
-        return token_logprobs(hidden, weight, targets, temperature, self.head_chunk_size)
-    return self.lm_head(hidden, targets, temperature, self.head_chunk_size, vocab_size)
-
-
-def head_forward(self, hidden, targets, temperature, chunk_size, vocab_size):
-    """lm_head as a unit of FSDP: its hooks gather the weight once, and all chunks use it."""
-    return token_logprobs(hidden, self.weight[:vocab_size], targets, temperature, chunk_size)
-
-
-# --------------------------------------------------------------------------------------------------
-# 4. Build and load
+# 5. Model folders
 # --------------------------------------------------------------------------------------------------
 def model_folder(path, ctx=None, weights=True):
     """
     The local folder of a model given as path or hub id; with ctx one rank per machine downloads.
 
-    weights=False leaves the safetensors of a hub id where they are: a tokenizer or a plan needs
-    none of the gigabytes. Raises FileNotFoundError when path is neither a model folder nor an id.
+    weights=False: without the safetensors, for a tokenizer or a plan. Raises FileNotFoundError
+    when path is neither a model folder nor an id.
     """
     local = Path(path)
     if local.is_dir():
@@ -419,6 +580,33 @@ def model_folder(path, ctx=None, weights=True):
         if ctx.local_rank == 0:
             fetch()
     return Path(fetch(local_files_only=True))
+
+
+def stored_tensors(folder):
+    """
+    {tensor name: file} by the headers of a folder's safetensors files; a pickle is never opened.
+
+    Raises FileNotFoundError when there is none, ValueError when one is corrupt or was cut short
+    (a header says how long its file is) or when two hold the same tensor.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as opened:
+                names = opened.keys()
+        except SafetensorError as error:
+            raise ValueError(f"{file} is corrupt or was cut short ({error}); "
+                             "download or export it again") from error
+        if twice := tensors.keys() & names:
+            raise ValueError(f"{min(twice)} is in {file} and in another file beside it; "
+                             "remove the one that is not the model's")
+        tensors |= dict.fromkeys(names, file)
+    if not tensors:
+        raise FileNotFoundError(f"{folder} holds no .safetensors (pickled .bin weights are not "
+                                "read: convert them to safetensors)")
+    return tensors
 
 
 def folder_hash(folder):
@@ -445,36 +633,19 @@ def text_hash(text):
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def stored_tensors(folder):
-    """
-    {tensor name: file} by the headers of a folder's safetensors files; a pickle is never opened.
+def load_config(path):
+    """The model's config.json as transformers reads it; ValueError when it is no model config."""
+    import transformers
 
-    Raises FileNotFoundError when there is none or one is missing that the index names, ValueError
-    when one is corrupt or was cut short (a header says how long its file is) or when two hold the
-    same tensor.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    folder, tensors = Path(folder), {}
-    files, index = set(folder.glob("*.safetensors")), folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = re.findall(r'"([^"]+\.safetensors)"', index.read_text())
-        files |= {folder / name for name in named}
-    for file in sorted(files):
-        try:
-            with safe_open(file, "pt") as opened:
-                names = opened.keys()
-        except SafetensorError as error:
-            raise ValueError(f"{file} is corrupt or was cut short ({error}); "
-                             "download or export it again") from error
-        if twice := tensors.keys() & names:
-            raise ValueError(f"{min(twice)} is in {file} and in another file beside it; "
-                             "remove the one that is no part of the model")
-        tensors |= dict.fromkeys(names, file)
-    if not tensors:
-        raise FileNotFoundError(f"{folder} holds no .safetensors (pickled .bin weights are not "
-                                "read: convert them to safetensors)")
-    return tensors
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001  (every field's check raises types of its own)
+        raise ValueError(f"{path}/config.json is not a model config that transformers can read: "
+                         f"{' '.join(str(error).split())[:300]}") from error
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"{path}: model type {config.model_type} is no causal language model "
+                         "of transformers")
+    return config
 
 
 # Dense decoders whose packed forward equals transformers' own (tests/test_architectures.py).
@@ -523,153 +694,6 @@ def check_architecture(config):
                              f"the packed forward equals transformers' own with {only} only")
 
 
-def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_checkpointing="none",
-                 compile_blocks=False, head_chunk_size=2048):
-    """
-    An empty (uninitialised) sharded policy on ctx.device: checkpoint, then compile, then shard.
-
-    Checkpointing inside the compiled block lets the compiler see what is recomputed; sharding comes
-    last, so that its hooks gather the weights before either runs. Trainable: fp32 master weights,
-    computed in compute_dtype, gradients reduced in fp32. Not trainable (the reference of GRPO):
-    stored in compute_dtype, no gradients.
-    """
-    import transformers  # half a second each, imported where they are used: --help needs none
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.utils.checkpoint import create_selective_checkpoint_contexts
-
-    check_architecture(config)
-    transformers.AttentionInterface.register("packed", packed_attention)
-    on_gpu = ctx.device.type == "cuda"
-    compute_dtype = compute_dtype or (torch.bfloat16 if on_gpu else torch.float32)
-    masters = torch.promote_types(compute_dtype, torch.float32)
-    store_dtype = masters if trainable else compute_dtype
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, attn_implementation="packed", dtype=store_dtype)
-    if config.tie_word_embeddings:
-        model.lm_head = None  # one matrix, one parameter: nothing to tie again after loading
-    else:
-        model.lm_head.forward = types.MethodType(head_forward, model.lm_head)
-    model.forward = types.MethodType(policy_forward, model)
-    model.head_chunk_size = head_chunk_size
-    model.requires_grad_(trainable)
-
-    if activation_checkpointing not in ("none", "full", "selective"):
-        raise ValueError(f"--activation_checkpointing {activation_checkpointing!r}: "
-                         "choose none, full or selective")
-    if trainable and activation_checkpointing != "none":
-        options = {"preserve_rng_state": False}  # nothing random happens inside a block
-        if activation_checkpointing == "selective":
-            options["context_fn"] = partial(
-                create_selective_checkpoint_contexts, attention_saving_policy)
-        for i, block in enumerate(model.model.layers):
-            # Non-reentrant by default; reentrant leaks with FSDP2.
-            model.model.layers[i] = checkpoint_wrapper(block, **options)
-    if compile_blocks:
-        for block in model.model.layers:
-            block.compile()
-
-    # reduce_dtype is explicit: what None means changed between torch versions.
-    policy = MixedPrecisionPolicy(compute_dtype, store_dtype, cast_forward_inputs=False)
-    shard = partial(fully_shard, mesh=ctx.mesh, mp_policy=policy)
-    units = [shard(block) for block in model.model.layers]
-    # Trained, the root (with the embedding) and the head are gathered once: the head's backward
-    # follows its forward. The reference has no backward, and frees them until the next forward.
-    for unit in [model] if model.lm_head is None else [model.lm_head, model]:
-        units.append(shard(unit, reshard_after_forward=not trainable))
-    for unit in units if ctx.world_size > 1 else []:  # one rank would divide by 1, a pass more
-        # Gradients are SUMMED over ranks. The loss is already divided by the token count of all
-        # ranks; the average that FSDP takes by default would divide a second time. (The force-sum
-        # flag makes this work on gloo.)
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)
-    model.to_empty(device=ctx.device)
-
-    # Rotary frequencies are in no file, and to_empty has just wiped them: compute them again.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(ctx.device)
-    unfilled = [n for n, _ in model.named_buffers() if not n.startswith("model.rotary_emb.")]
-    if unfilled:
-        raise ValueError(f"model type {config.model_type} has buffers that no file fills: "
-                         f"{unfilled[:3]}")
-    model.train(trainable)
-    return model
-
-
-def named_weights(model):
-    """
-    [(Hugging Face name, sharded parameter)] in a fixed order.
-
-    A forward without a backward leaves the root and the head gathered, as bf16 copies on a GPU;
-    what is saved must be the fp32 masters, so they are put back to their shards first.
-    """
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    prefix = "_checkpoint_wrapped_module."  # of activation checkpointing
-    return [(name.replace(prefix, ""), param) for name, param in model.named_parameters()]
-
-
-def load_weights(model, folder, ctx):
-    """
-    Fill a sharded model from a safetensors folder; every rank reads its own rows only.
-
-    Raises RankFailure on all ranks when a file is corrupt or a tensor missing, misshapen or
-    unexpected.
-    """
-    import torch.distributed.checkpoint as dcp
-
-    weights = dict(named_weights(model))
-    with raise_on_all_ranks(ctx, f"loading {folder}"):
-        files = stored_tensors(folder)
-        missing = [name for name in weights if name not in files]
-        # A tied head and old rotary buffers are not read; other formats lie in files of their own.
-        read = {files[name] for name in weights.keys() & files}
-        known = weights.keys() | ({"lm_head.weight"} if model.lm_head is None else set())
-        extra = [name for name, file in files.items()
-                 if file in read and name not in known and "rotary_emb" not in name]
-        if missing or extra:
-            raise ValueError(f"the weights do not fit config.json, or a file is missing: "
-                             f"{len(missing)} tensors not found {missing[:3]}, "
-                             f"{len(extra)} unexpected {extra[:3]}")
-    reader = dcp.HuggingFaceStorageReader(folder)
-    try:
-        dcp.load(weights, storage_reader=reader, process_group=ctx.control)
-    except dcp.CheckpointException as error:
-        raise RankFailure(f"loading {folder} failed: {first_cause(error)}") from error
-
-
-def first_cause(error):
-    """One line for torch's CheckpointException: what went wrong on the first rank that failed."""
-    reason = next(iter(error.failures.values()))[0]
-    return f"{type(reason).__name__}: {str(reason).splitlines()[0]}"
-
-
-def load_config(path):
-    """The model's config.json as transformers reads it; ValueError when it is no model config."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001  (every field's check raises types of its own)
-        raise ValueError(f"{path}/config.json is not a model config that transformers can read: "
-                         f"{' '.join(str(error).split())[:300]}") from error
-    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
-        raise ValueError(f"{path}: model type {config.model_type} is no causal language model "
-                         "of transformers")
-    return config
-
-
-def load_policy(path, ctx, **build_options):
-    """The policy of a model folder or hub id, sharded over ctx.mesh; options as in build_policy."""
-    folder = model_folder(path, ctx)
-    model = build_policy(load_config(folder), ctx, **build_options)
-    load_weights(model, folder, ctx)
-    return model
-
-
 TOKENIZER_PROBE = ("x_{12}=3.75, so  \\frac{a}{b} >= 1024?\n\n<think>\nI'd say \\boxed{7}.</think>"
                    " \u03c0\u221a")
 
@@ -716,24 +740,6 @@ def generation_config(folder, stop_token_id):
     return config
 
 
-def clip_gradients(model, max_norm):
-    """Scale gradients to a global norm of at most max_norm (0: any); returns the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-def make_schedule(cfg, optimizer, horizon):
-    """transformers' learning-rate schedule --lr_scheduler_type, which ends at step `horizon`."""
-    import transformers
-
-    kind, warmup = cfg.lr_scheduler_type, round(cfg.warmup_ratio * horizon)
-    extra = {"min_lr_rate": cfg.min_lr_rate} if kind == "cosine_with_min_lr" else None
-    return transformers.get_scheduler(kind, optimizer, warmup, horizon, extra)
-
-
-# --------------------------------------------------------------------------------------------------
-# 5. Save as a Hugging Face folder
-# --------------------------------------------------------------------------------------------------
 def save_hf(model, folder, ctx, dtype, tokenizer=None, generation_config=None,
             one_per_node=False, durable=True):
     """
@@ -741,9 +747,8 @@ def save_hf(model, folder, ctx, dtype, tokenizer=None, generation_config=None,
 
     Every rank gathers every tensor, cast to dtype before, keeps those it owns and writes one
     safetensors file; rank 0 adds index and config; one rename publishes the folder. one_per_node:
-    every machine writes its own copy (for /dev/shm); otherwise all ranks write one copy to a file
-    system they share. durable: flushed to disk before the rename.
-    Returns the fingerprint, a 63-bit sum over the published bits: equal weights give equal
+    every machine writes a copy of its own (for /dev/shm). durable: flushed to disk before the
+    rename. Returns the fingerprint, a 63-bit sum over the published bits: equal weights give equal
     fingerprints. Raises RankFailure on all ranks when one cannot write.
     """
     from safetensors.torch import save_file
@@ -767,8 +772,7 @@ def save_hf(model, folder, ctx, dtype, tokenizer=None, generation_config=None,
     mine, fingerprint = {}, 0
     with torch.no_grad():
         for name, param in weights:
-            full = param.detach().to(dtype)
-            full = full.full_tensor() if hasattr(full, "full_tensor") else full
+            full = param.detach().to(dtype).full_tensor()
             if owner[name] == rank:
                 # Weighted by name, so that two tensors that swap places change the sum.
                 fingerprint += sum_of_bits(full) * (zlib.crc32(name.encode()) | 1)
@@ -889,6 +893,26 @@ def save_checkpoint(model, optimizer, scheduler, ctx, output_dir, step, trainer_
     return folder
 
 
+def load_checkpoint(model, optimizer, scheduler, ctx, folder):
+    """
+    Restore model, optimizer and schedule; returns trainer.json as a dict. Collective.
+
+    Another world size works: DCP reshards. There is no random state to restore: data order and
+    sampling seeds are functions of (seed, epoch) and (seed, step, place, sample).
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=folder, process_group=ctx.control)
+    set_state_dict(model, optimizer, model_state_dict=state["model"],
+                   optim_state_dict=state["optimizer"])
+    trainer = json.loads((folder / "trainer.json").read_text())
+    scheduler.load_state_dict(trainer["scheduler"])
+    return trainer
+
+
 def checkpoint_defect(folder, rank=0, world_size=1):
     """What is wrong with this rank's share of a checkpoint's files; '' if they are as written."""
     try:
@@ -914,40 +938,11 @@ def newest_checkpoint(output_dir, ctx):
     return None
 
 
-def load_checkpoint(model, optimizer, scheduler, ctx, folder):
-    """
-    Restore model, optimizer and schedule; returns trainer.json as a dict. Collective.
-
-    Another world size works: DCP reshards. There is no random state to restore: data order and
-    sampling seeds are functions of (seed, epoch) and (seed, step, place, sample).
-    """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=folder, process_group=ctx.control)
-    set_state_dict(model, optimizer, model_state_dict=state["model"],
-                   optim_state_dict=state["optimizer"])
-    trainer = json.loads((folder / "trainer.json").read_text())
-    scheduler.load_state_dict(trainer["scheduler"])
-    return trainer
-
-
-def nothing_left_to_train(output_dir, checkpoint, step, total_steps):
-    """Whether training is over and `final` was written after its last checkpoint."""
-    final = Path(output_dir, "final", "config.json")
-    if step != total_steps or not final.is_file():
-        return step > total_steps
-    return final.stat().st_mtime >= Path(checkpoint, "manifest.json").stat().st_mtime
-
-
 @dataclass
 class Run:
-    """What open_run found: the checkpoint to resume from, or None."""
+    """What open_run found."""
 
-    checkpoint: Path | None
-    identity: dict
+    checkpoint: Path | None  # to resume from
     lock: object  # an open file: the folder is free again when this process ends, however it ends
 
 
@@ -955,11 +950,11 @@ def open_run(ctx, cfg, identity):
     """
     Claim cfg.output_dir for this run, find the checkpoint to resume from, write config.json.
 
-    identity {name: value}: what must not change between a run and its resumption, by content
-    (hashes of starting weights, tokenizer, template and data; packs or prompts per step). Any other
-    flag may: what changed is printed and taken. Collective. Raises RankFailure on all ranks when
-    another run uses the folder, when it already holds a run and --resume is missing, when --resume
-    finds no checkpoint, or when identity differs.
+    identity {name: value}: what a resume must not change, by content (hashes of starting weights,
+    tokenizer, template and data; packs or prompts per step). Any other flag may: what changed is
+    printed and taken. Collective. Raises RankFailure on all ranks when another run uses the folder,
+    when it holds a run and --resume is missing, when --resume finds no checkpoint, or when identity
+    differs.
     """
     output_dir, lock = Path(cfg.output_dir), None
     checkpoint = newest_checkpoint(output_dir, ctx) if cfg.resume else None
@@ -971,7 +966,7 @@ def open_run(ctx, cfg, identity):
             if cfg.resume:
                 check_resume(output_dir, checkpoint, now)
             write_atomically(output_dir / "config.json", json.dumps(now, indent=1) + "\n")
-    return Run(checkpoint, identity, lock)
+    return Run(checkpoint, lock)
 
 
 def claim_folder(output_dir, resume):
@@ -983,11 +978,9 @@ def claim_folder(output_dir, resume):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise ValueError("another run is using this folder; "
-                         "choose another --output_dir or stop that run") from error
+        raise ValueError("another run is using this folder; choose another") from error
     if not resume and (checkpoint_steps(output_dir) or (output_dir / "final").exists()):
-        raise ValueError("the folder already holds a run; "
-                         "add --resume to continue it, or choose another --output_dir")
+        raise ValueError("it already holds a run; add --resume, or choose another folder")
     for unfinished in (output_dir / "checkpoints").glob("step-*.*"):
         shutil.rmtree(unfinished)
     return lock
@@ -997,11 +990,11 @@ def check_resume(output_dir, checkpoint, now):
     """Refuse another identity than that in config.json (ValueError); print what else changed."""
     if checkpoint is None:
         raise ValueError("--resume found no intact checkpoint; to start from the beginning drop "
-                         "--resume, and remove the damaged checkpoints if there are any")
+                         "it, and remove damaged ones")
     then, now = json.loads((output_dir / "config.json").read_text()), json.loads(json.dumps(now))
     if changed := differences(then["identity"], now["identity"]):
         raise ValueError(f"--resume needs what the run was started with ({changed}); "
-                         "restore it, or start a new run in another --output_dir")
+                         "restore it, or start a new run elsewhere")
     if changed := differences(then, now | {"resume": then["resume"]}):
         print(f"--resume: continuing with changed settings ({changed})", file=sys.stderr)
 
@@ -1012,37 +1005,18 @@ def differences(then, now):
     return "; ".join(f"{n}: {then.get(n)!r} then, {now.get(n)!r} now" for n in names)
 
 
-@contextlib.contextmanager
-def stop_on_signal(ctx):
-    """
-    Yields a function that says, equally on all ranks, whether SIGTERM or SIGINT came to any.
-
-    The loop asks once per step, saves and leaves. A second SIGINT interrupts at once. After the
-    block both are ignored: torchrun sends SIGTERM to all ranks when one has failed, and must not
-    cut clean-up and the last line short.
-    """
-    received = []
-
-    def note(number, frame):
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt("second interrupt: leaving without saving")
-        received.append(number)
-        print(f"rank {ctx.rank}: {signal.Signals(number).name} received; "
-              "saving a checkpoint after this step", file=sys.stderr, flush=True)
-
-    def on_signals(handler):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handler)
-
-    on_signals(note)
-    try:
-        yield lambda: sum_over_ranks(ctx, {"signals": len(received)})["signals"] > 0
-    finally:
-        on_signals(signal.SIG_IGN)
+def check_unfinished(checkpoint, step, total_steps):
+    """ValueError if a resume had nothing to do: no step, and no `final` newer than checkpoint."""
+    final = checkpoint.parents[1] / "final/config.json"
+    written = final.stat().st_mtime if final.is_file() else 0
+    saved = (checkpoint / "manifest.json").stat().st_mtime
+    if step > total_steps or (step == total_steps and written >= saved):
+        raise ValueError(f"nothing to do: {checkpoint} has reached step {step} of {total_steps}; "
+                         "to go on raise --max_steps")
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Cost, flags, run log
+# 7. Cost and memory
 # --------------------------------------------------------------------------------------------------
 def flops_per_pack(config, lengths):
     """
@@ -1052,7 +1026,10 @@ def flops_per_pack(config, lengths):
     head; an embedding look-up is no matmul). Attention counts causal pairs of the same document,
     half the square: what the hardware must do. Recomputation is not counted.
     """
-    return 3 * (2 * matmul_params(config) * sum(lengths) + attention_flops(config, lengths))
+    width = config.num_attention_heads * head_dim(config)
+    # Per pair and layer 2 matmuls, each multiplies and adds: 4 / 2 of the square.
+    attention = 2 * sum(n * n for n in lengths) * config.num_hidden_layers * width
+    return 3 * (2 * matmul_params(config) * sum(lengths) + attention)
 
 
 def head_dim(config):
@@ -1074,17 +1051,9 @@ def parameter_count(config):
     return matmul_params(config) + (0 if config.tie_word_embeddings else embedding)
 
 
-def attention_flops(config, lengths):
-    """Forward FLOPs of causal attention: 2 matmuls x 2 l^2 / 2 x H d, summed over layers."""
-    width = config.num_attention_heads * head_dim(config)
-    return 2 * config.num_hidden_layers * width * sum(n * n for n in lengths)
-
-
 def peak_flops(device):
     """Dense bf16 peak of the GPU by data sheet, FLOP/s; None where we have no figure."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peaks = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}
     return next((peak for card, peak in peaks.items() if card in name), None)
 
@@ -1098,18 +1067,13 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-MEMORY_PARTS = ("weights", "gradients", "moments", "saved activations", "layer backward", "head",
-                "gathered layers", "reference")
-
-
 class LiveBytes(TorchDispatchMode):
     """Bytes of all live storages by part of a step; peak: the parts when their sum was largest."""
 
     def __init__(self, vocab_size):
         super().__init__()
         self.vocab_size, self.phase = vocab_size, ""
-        self.storages, self.live = {}, Counter(dict.fromkeys(MEMORY_PARTS, 0))
-        self.peak = self.live.copy()
+        self.storages, self.live, self.peak = {}, Counter(), Counter()
 
     def record(self, storage, part):
         key, size = id(storage), -(-storage.nbytes() // 512) * 512  # the GPU allocator's blocks
@@ -1144,7 +1108,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-def trace_training(config, ranks, micro_batches, reference=False, shard_size=0, temperature=1.0,
+def trace_training(config, ranks, tokens, reference=False, shard_size=0, temperature=1.0,
                    **build_options):
     """The work of trace_memory, in a process that is good for nothing else afterwards."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -1155,7 +1119,7 @@ def trace_training(config, ranks, micro_batches, reference=False, shard_size=0, 
     names = "replicate", "shard"
     mesh = dist.init_device_mesh("cpu", (ranks // shards, shards), mesh_dim_names=names)
     mesh = mesh if shards < ranks else mesh["shard"]
-    ctx = types.SimpleNamespace(device=torch.device("cpu"), mesh=mesh)
+    ctx = types.SimpleNamespace(device=torch.device("cpu"), mesh=mesh, compute_dtype=torch.bfloat16)
     memory, resize = LiveBytes(config.vocab_size), torch.UntypedStorage.resize_
 
     def resize_and_record(storage, size):  # how FSDP frees gathered weights and takes them back
@@ -1167,7 +1131,7 @@ def trace_training(config, ranks, micro_batches, reference=False, shard_size=0, 
     torch.softmax = torch.log_softmax = lambda z, dim, dtype: torch.empty_like(z, dtype=dtype)
     torch.UntypedStorage.resize_ = resize_and_record
 
-    def forward(model, tokens):
+    def forward(model):
         memory.phase = "saved activations"
         ids = torch.zeros(tokens, dtype=torch.int64)
         bounds = torch.zeros(2, dtype=torch.int32)
@@ -1175,18 +1139,17 @@ def trace_training(config, ranks, micro_batches, reference=False, shard_size=0, 
 
     with FakeTensorMode(), memory:
         memory.phase = "weights"
-        model = build_policy(config, ctx, torch.bfloat16, **build_options)
+        model = build_policy(config, ctx, **build_options)
         memory.phase = "reference"
-        frozen = reference and build_policy(config, ctx, torch.bfloat16, trainable=False,
+        frozen = reference and build_policy(config, ctx, trainable=False,
                                             head_chunk_size=model.head_chunk_size)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        for step in (micro_batches[:1], micro_batches):  # from the second on there are moments
+        for micro_batches in (1, 2):  # the second step has moments, its second micro-batch the peak
             if reference:
                 with torch.no_grad():
-                    for tokens in step:
-                        forward(frozen, tokens)
-            for tokens in step:
-                logprobs = forward(model, tokens)
+                    forward(frozen)
+            for _ in range(micro_batches):
+                logprobs = forward(model)
                 memory.phase = "layer backward"
                 logprobs.sum().backward()
                 for parameter in model.parameters():
@@ -1198,26 +1161,29 @@ def trace_training(config, ranks, micro_batches, reference=False, shard_size=0, 
     return dict(memory.peak)
 
 
-def trace_memory(config, ranks, micro_batches, **options):
+def trace_memory(config, ranks, tokens, **options):
     """
     Bytes that each of `ranks` GPUs holds at the peak of a training step: {part: bytes}.
 
     Everything but the arithmetic runs: build_policy in bf16, FSDP, checkpointing and AdamW, on fake
-    tensors in a fake process group, without GPU or weights. micro_batches: tokens of each of a
-    rank's micro-batches of a step; the largest two give the peak. options: reference (GRPO with
-    beta > 0), shard_size, temperature, and build_policy's but for compile_blocks. Takes half a
-    minute at 14B, in a process of its own, so that a real process group here is no obstacle.
+    tensors in a fake process group, without GPU or weights. tokens: of the largest micro-batches.
+    options: reference (GRPO with beta > 0), shard_size, temperature, and build_policy's but for
+    compile_blocks. Takes half a minute at 14B, in a process of its own, so that a real process
+    group here is no obstacle.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(trace_training, config, ranks, micro_batches, **options).result()
+        return process.submit(trace_training, config, ranks, tokens, **options).result()
+
+
+def print_memory(cfg, config, ranks, tokens, engine_share=0.0, **options):
+    """The plan's line about memory, for both trainers' --dry_run; options as in trace_memory."""
+    parts = trace_memory(config, ranks, tokens, shard_size=cfg.shard_size,
+                         activation_checkpointing=cfg.activation_checkpointing, **options)
+    print(f"memory     {describe_memory(parts, engine_share)}", flush=True)
 
 
 def describe_memory(parts, engine_share=0.0):
-    """
-    One line of a plan: the peak, its parts, and which cards it fits.
-
-    parts: from trace_memory; engine_share: the share of the card that vLLM holds meanwhile.
-    """
+    """The peak, its parts, and which cards it fits beside vLLM's share of the card, in a line."""
     peak = sum(parts.values()) / 1e9
     shown = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items() if size >= 5e7)
     where = "GPUs" if torch.cuda.is_available() else "GPUs (this machine has none)"
@@ -1231,6 +1197,9 @@ def describe_memory(parts, engine_share=0.0):
             f"with 5 GB for CUDA and NCCL{engine}: {verdicts}")
 
 
+# --------------------------------------------------------------------------------------------------
+# 8. Run
+# --------------------------------------------------------------------------------------------------
 def check_flags(cfg, choices=None, above_0=(), not_negative=(), shares=()):
     """Refuse impossible values, {flag: allowed} or lists of flags; raises ValueError."""
     for flag, allowed in (choices or {}).items():
@@ -1254,28 +1223,27 @@ def check_common_flags(cfg):
     check_flags(
         cfg,
         choices={"activation_checkpointing": ("none", "full", "selective"),
-                 "lr_scheduler_type": schedules, "report_to": TRACKERS},
+                 "lr_scheduler_type": schedules,
+                 "report_to": ("none", "tensorboard", "wandb", "trackio")},
         above_0=("learning_rate", "num_train_epochs", "eval_steps", "timeout_minutes"),
         not_negative=("max_grad_norm", "weight_decay", "save_steps", "save_total_limit",
                       "shard_size"),
         shares=("warmup_ratio", "min_lr_rate", "adam_beta2"))
     if cfg.ranks and not cfg.dry_run:
-        raise ValueError(f"--ranks {cfg.ranks} is for a --dry_run; torchrun's --nproc_per_node "
-                         "decides how many ranks train")
+        raise ValueError(f"--ranks {cfg.ranks} is for a --dry_run; torchrun starts the ranks")
     if cfg.adam_beta2 == 1:
         raise ValueError("--adam_beta2 1.0 never forgets the first gradient; choose below 1")
     if cfg.report_to != "none" and importlib.util.find_spec(cfg.report_to) is None:
-        raise ValueError(f"--report_to {cfg.report_to}: not installed (pip install "
-                         f"{cfg.report_to}); metrics.jsonl is written in any case")
+        raise ValueError(f"--report_to {cfg.report_to}: pip install {cfg.report_to} first")
 
 
 def schedule_horizon(cfg, total_steps):
     """The step at which the schedule ends: --lr_horizon, or the last; ValueError if too early."""
     horizon = cfg.lr_horizon if cfg.lr_horizon > 0 else total_steps
     if horizon < total_steps and not cfg.lr_scheduler_type.startswith("constant"):
-        raise ValueError(f"--lr_horizon {horizon} is below the {total_steps} steps to train: after "
-                         "it a cosine rises again and a line stays at 0; raise it, or lower "
-                         "--max_steps")
+        # After its end a cosine would rise again and a line would stay at 0.
+        raise ValueError(f"--lr_horizon {horizon} is below the {total_steps} steps to train; "
+                         "raise it")
     return horizon
 
 
@@ -1415,9 +1383,8 @@ def git_commit():
     import subprocess
 
     describe = ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
-    try:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True,
                               check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()
+        return done.stdout.strip()
+    return "unknown"

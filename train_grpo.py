@@ -51,11 +51,11 @@ from data import (
     MODEL_INPUTS, check_lengths, collate, load_problems, micro_batches, set_chat_template,
     stop_token_id, system_prompt_text)
 from model import (
-    RunLog, Stopped, check_common_flags, check_flags, clip_gradients, flag, flops_per_pack,
-    folder_hash, gather_objects, generation_config, last_checkpoint, load_checkpoint, load_config,
-    load_policy, load_tokenizer, make_schedule, max_over_ranks, model_folder, nothing_left_to_train,
-    open_run, peak_flops, peak_memory_gb, print_memory, raise_on_all_ranks, run_main,
-    save_checkpoint, save_hf, schedule_horizon, setup_distributed, shutdown_distributed,
+    RunLog, Stopped, check_common_flags, check_flags, check_unfinished, clip_gradients, flag,
+    flops_per_pack, folder_hash, gather_objects, generation_config, last_checkpoint,
+    load_checkpoint, load_config, load_policy, load_tokenizer, make_schedule, max_over_ranks,
+    model_folder, open_run, peak_flops, peak_memory_gb, print_memory, raise_on_all_ranks,
+    run_main, save_checkpoint, save_hf, schedule_horizon, setup_distributed, shutdown_distributed,
     stop_on_signal, sum_over_ranks, text_hash, wait_for_all_ranks, write_atomically)
 from rewards import RewardOptions, check_reward_options, gold_answer, rewards_for_group
 from rollout import (
@@ -267,9 +267,10 @@ def main(cfg):
         padding = model_config.vocab_size - vocab
         print_plan(cfg, train, steps_per_epoch, total_steps, max_tokens, layout, padding)
     if cfg.dry_run:
-        awake = 0 if cfg.vllm_sleep else cfg.gpu_memory_utilization
-        print_memory(cfg, ctx, model_config, max_tokens, awake, reference=cfg.beta > 0,
-                     temperature=cfg.temperature)
+        if ctx.is_main:
+            awake = 0.0 if cfg.vllm_sleep else cfg.gpu_memory_utilization
+            print_memory(cfg, model_config, cfg.ranks or ctx.world_size, max_tokens, awake,
+                         reference=cfg.beta > 0, temperature=cfg.temperature)
         return
 
     # --------------------------------------------------------------------------- engines and model
@@ -288,9 +289,7 @@ def main(cfg):
     if run.checkpoint:
         state = load_checkpoint(model, optimizer, scheduler, ctx, run.checkpoint)
         step, cursor = state["step"], state["cursor"]
-        if nothing_left_to_train(output_dir, run.checkpoint, step, total_steps):
-            raise ValueError(f"nothing to do: {run.checkpoint} has reached step {step} of "
-                             f"{total_steps}; to go on raise --max_steps")
+        check_unfinished(run.checkpoint, step, total_steps)
     log = RunLog(ctx, output_dir, asdict(cfg), total_steps, step, cfg.report_to)
     sample = partial(sample_groups, engine, layout, ctx, tokenizer)  # (cfg, problems, places)
 

@@ -35,9 +35,9 @@ from data import (
     MODEL_INPUTS, assign_to_ranks, check_lengths, collate, load_documents, make_packs,
     set_chat_template, steps_of_epoch, stop_token_id, system_prompt_text)
 from model import (
-    RunLog, Stopped, check_common_flags, check_flags, clip_gradients, flag, flops_per_pack,
-    folder_hash, generation_config, last_checkpoint, load_checkpoint, load_config, load_policy,
-    load_tokenizer, make_schedule, max_over_ranks, model_folder, nothing_left_to_train, open_run,
+    RunLog, Stopped, check_common_flags, check_flags, check_unfinished, clip_gradients, flag,
+    flops_per_pack, folder_hash, generation_config, last_checkpoint, load_checkpoint, load_config,
+    load_policy, load_tokenizer, make_schedule, max_over_ranks, model_folder, open_run,
     parameter_count, peak_flops, peak_memory_gb, print_memory, raise_on_all_ranks, run_main,
     save_checkpoint, save_hf, schedule_horizon, setup_distributed, shutdown_distributed,
     stop_on_signal, sum_over_ranks, text_hash, wait_for_all_ranks)
@@ -130,7 +130,8 @@ def main(cfg):
         where = f"{parameter_count(model_config):,} parameters on {ranks} x {ctx.device.type}"
         print_plan(cfg, train, lengths, packs_per_step, steps_per_epoch, total_steps, where)
     if cfg.dry_run:
-        print_memory(cfg, ctx, model_config, cfg.max_length)
+        if ctx.is_main:
+            print_memory(cfg, model_config, ranks, cfg.max_length)
         return
 
     # --------------------------------------------------------------------- model and optimizer
@@ -146,9 +147,7 @@ def main(cfg):
     step = 0
     if run.checkpoint:
         step = load_checkpoint(model, optimizer, scheduler, ctx, run.checkpoint)["step"]
-        if nothing_left_to_train(output_dir, run.checkpoint, step, total_steps):
-            raise ValueError(f"nothing to do: {run.checkpoint} has reached step {step} of "
-                             f"{total_steps}; to go on raise --max_steps")
+        check_unfinished(run.checkpoint, step, total_steps)
     log = RunLog(ctx, output_dir, asdict(cfg), total_steps, step, cfg.report_to)
 
     with stop_on_signal(ctx) as stop_requested:

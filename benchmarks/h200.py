@@ -321,7 +321,7 @@ def step_point(case, layers, lengths, **options):
 def traces(case):
     """{(layers, checkpointing): future of the traced peak in bytes}; the CPU's work meanwhile."""
     def peak(layers, checkpointing):
-        return sum(trace_memory(case.config(layers), 1, [case.tokens] * 2,
+        return sum(trace_memory(case.config(layers), 1, case.tokens,
                                 activation_checkpointing=checkpointing).values())
 
     pool = ThreadPoolExecutor(1 if case.tiny else 3)

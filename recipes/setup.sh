@@ -29,10 +29,22 @@ for name, version in {"torchvision": "0.0+none", "torchaudio": "0.0+none", "torc
 PY
 }
 
+check_compiler() {  # triton compiles its launchers for this Python on the GPU machine
+  local header
+  header=$("$1" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
+  if [ -f "$header" ] && command -v "${CC:-gcc}" clang >/dev/null; then return 0; fi
+  echo "setup: triton needs a C compiler (gcc, clang or \$CC) and Python's headers ($header) on a GPU machine." \
+       "Install them (Debian: apt-get install gcc python3-dev) or set PYTHON to a Python that has its headers" >&2
+  return 1
+}
+
 setup_environment() {
   local python requirements=requirements-cpu.txt stamp
   python=$(find_python) || return 1
-  if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then requirements=requirements.txt; fi
+  if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    requirements=requirements.txt
+    check_compiler "$python" || return 1
+  fi
   stamp=$(cat "$ROOT/$requirements" "$ROOT/recipes/setup.sh" <("$python" -VV) | sha256sum | cut -d' ' -f1)
   if [ "$(cat "$ROOT/.venv/stamp" 2>/dev/null)" != "$stamp" ]; then
     echo "setup: installing $requirements into .venv with $("$python" -V) (about 3 minutes, 3 GB; only when something changed)"

@@ -227,7 +227,7 @@ def count_collectives(layers, cases):
     for mesh_shape, tie, options in cases:
         names = ("replicate", "shard")[-len(mesh_shape):]
         mesh = dist.init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
-        ctx = SimpleNamespace(device=torch.device("cpu"), mesh=mesh)
+        ctx = SimpleNamespace(device=torch.device("cpu"), mesh=mesh, compute_dtype=torch.float32)
         sizes = {**SMALL, "tie_word_embeddings": tie}
         config = transformers.Qwen2Config(**sizes, num_hidden_layers=layers)
         model = build_policy(config, ctx, **options)
@@ -262,8 +262,8 @@ def test_a_step_gathers_once_per_layer_and_direction():
 # ----------------------------------------------------------------------------- memory
 def trace_all(cases):
     found = []
-    for config, ranks, micro_batches, options in cases:
-        found.append(trace_training(config, ranks, micro_batches, **options))
+    for config, ranks, tokens, options in cases:
+        found.append(trace_training(config, ranks, tokens, **options))
         dist.destroy_process_group()
     return found
 
@@ -274,10 +274,10 @@ def config_14b(layers):
 
 def test_memory_of_the_14b_recipes():
     """Peaks are linear in the number of layers: two small traces give the one of 48."""
-    stages = [([24_000] * 2, dict(activation_checkpointing="full")),
-              ([24_000] * 2, dict(activation_checkpointing="selective")),
-              ([16_384] * 2, dict(activation_checkpointing="full", reference=True))]
-    cases = [(config_14b(n), 8, batches, options) for batches, options in stages for n in (2, 4)]
+    stages = [(24_000, dict(activation_checkpointing="full")),
+              (24_000, dict(activation_checkpointing="selective")),
+              (16_384, dict(activation_checkpointing="full", reference=True))]
+    cases = [(config_14b(n), 8, tokens, options) for tokens, options in stages for n in (2, 4)]
     peaks = [sum(parts.values()) / 1e9 for parts in in_a_process_of_its_own(trace_all, cases)]
     full, selective, stage_2 = (
         two + (four - two) / 2 * 46 for two, four in zip(peaks[::2], peaks[1::2], strict=True))
@@ -294,7 +294,7 @@ def test_parts_of_the_traced_memory(ctx):
     weights = sum(p.numel() for p in model.parameters())
     before = torch.softmax, torch.UntypedStorage.resize_, dict(model_module.__dict__)
     tokens = 4096
-    parts = trace_memory(config, 8, [tokens] * 2, shard_size=4, reference=True,
+    parts = trace_memory(config, 8, tokens, shard_size=4, reference=True,
                          activation_checkpointing="full", head_chunk_size=512)
     assert before == (torch.softmax, torch.UntypedStorage.resize_, dict(model_module.__dict__))
     assert dist.get_world_size() == 1 and dist.get_backend() != "fake"

@@ -277,7 +277,7 @@ def test_a_resume_takes_other_flags_and_refuses_another_identity(tmp_path, demo,
 
     assert "--resume found no intact checkpoint" in refused(resumed, identity)
     first = open_run(ctx, Settings(str(tmp_path)), identity)
-    assert first.checkpoint is None and first.identity == identity
+    assert first.checkpoint is None
     del first
     model = load_policy(demo / "base", ctx)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -157,9 +157,6 @@ def lose_a_shard(folder):
     (lambda f: (f / "config.json").write_text("{"), "not a model config"),
     (lambda f: (f / "config.json").unlink(), "no config.json"),
     (misshape, r"Size mismatch .*\[64, 96\].*\[64, 32\].* for model.layers.0.mlp"),
-    (lambda f: (f / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'),
-     "No such file .*model-00002-of-00002.safetensors"),
     (lose_a_shard, r"a file is missing: 12 tensors not found \['model.layers.1"),
     (change_weights(lambda w: w.pop("model.norm.weight")),
      r"1 tensors not found \['model.norm.weight'\]"),

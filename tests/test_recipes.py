@@ -55,6 +55,24 @@ def test_scripts_parse(path):
         assert text.startswith("#!/usr/bin/env bash\n") and "\nset -euo pipefail\n" in text
 
 
+def test_set_up_on_a_gpu_machine_asks_for_a_compiler_first(tmp_path):
+    """Without one the first kernel fails, after an installation of 10 GB."""
+    for name in ("recipes/setup.sh", "requirements.txt", "requirements-cpu.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "grep"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    (tools / "nvidia-smi").write_text("#!/bin/bash\necho 'GPU 0: NVIDIA H200'\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    done = subprocess.run(
+        [shutil.which("bash"), "-c", "source recipes/setup.sh"], cwd=tmp_path, check=False,
+        env={"PATH": str(tools), "PYTHON": sys.executable}, capture_output=True, text=True)
+    assert done.returncode == 1 and not (tmp_path / ".venv").exists()
+    assert "setup: triton needs a C compiler" in done.stderr, done.stderr
+
+
 # --------------------------------------------------------------------------------------------------
 # Batch shapes
 # --------------------------------------------------------------------------------------------------
