@@ -269,16 +269,15 @@ def draw_missing(cfg, ctx, layout, name, model_path, max_tokens):
         return folder
 
     engine = Engine(
-        str(model_path), max_model_len=longest, dtype=cfg.dtype, seed=cfg.seed,
-        tensor_parallel_size=cfg.tensor_parallel_size,
-        devices=layout.devices if ctx.device.type == "cuda" else None,
+        str(model_path), max_model_len=longest, dtype=cfg.dtype,
+        tensor_parallel_size=cfg.tensor_parallel_size, devices=layout.devices,
         gpu_memory_utilization=cfg.gpu_memory_utilization, max_num_seqs=cfg.max_num_seqs,
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         log_file=str(folder / f"engine-{layout.index}.log"))
     # groups of one sample (n=1): they arrive, and are stored, as soon as they are finished
     groups = engine.generate(
         [questions[benchmark, key].prompt_ids for benchmark, key, _ in mine], n=1,
-        seeds=[[sampling_seed(cfg.seed, 0, f"{benchmark}/{key}", i)] for benchmark, key, i in mine],
+        seeds=[[sampling_seed(cfg.seed, f"{benchmark}/{key}", i)] for benchmark, key, i in mine],
         temperature=cfg.temperature, top_p=cfg.top_p, min_p=cfg.min_p, max_tokens=max_tokens)
     bar = tqdm(groups, f"{name}, engine 1 of {layout.count}", len(mine), unit="sample",
                disable=not ctx.is_main)

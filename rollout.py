@@ -8,22 +8,21 @@ the sampler dies.
   1. One child process per engine, `python rollout.py --serve`: vLLM and the trainer both want
      torch's default process group, and a process can be killed and replaced, a library cannot.
      Requests and answers are JSON over a socket pair; stdout and stderr go to a log file.
-  2. Every sample is a request with its own seed s(seed, step, place, sample), so a lost sample can
-     be drawn again. Groups are returned as they finish: scoring overlaps with generation.
+  2. Every sample is a request with its own seed s(seed, place, sample), so a lost sample can be
+     drawn again. Groups are returned as they finish: scoring overlaps with generation.
   3. vLLM returns log q(y_t) of the distribution it sampled from: softmax(logits / temperature),
      then min_p, then top_p, renormalised. An importance weight needs these; those of the raw
      softmax (vLLM's default) differ wherever temperature or truncation changed a probability.
   4. Weight sync: all ranks write a new folder, every engine loads it and drops its prefix cache,
      then both sides score a fixed probe. They must agree, and if the weights changed, the engine's
      numbers must have changed. Nobody samples before that.
-  5. Self-healing: a dead or silent engine is killed and started again on the last complete
-     weights, and only the missing samples are drawn again; at most max_restarts times.
+  5. A dead or silent engine is killed and started again on the last complete weights, and only
+     the missing samples are drawn again; at most max_restarts times.
   6. Nothing survives the trainer: a guard beside each engine kills the engine's process group as
      soon as the trainer or the engine is gone, even after kill -9.
 
-Left out: weights over NCCL (a broadcast to a dead peer hangs without an error; a folder on
-/dev/shm costs seconds and can be inspected), HTTP servers, Ray, sampling during the update (its
-samples would come from older weights), LoRA, images.
+Left out: weights over NCCL (a broadcast to a dead peer hangs without an error, a folder can be
+inspected), HTTP servers, Ray, sampling during the update, which would be from older weights.
 
 Letters: P prompts, G = n samples per prompt, S tokens of a prompt and its completion.
 """
@@ -32,7 +31,6 @@ import gc
 import hashlib
 import json
 import os
-import queue
 import re
 import select
 import shutil
@@ -42,9 +40,8 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -52,11 +49,8 @@ from pathlib import Path
 
 import torch
 
-from data import MODEL_INPUTS
 from model import max_over_ranks, raise_on_all_ranks, save_hf
 
-LOG_TAIL_LINES = 30  # lines of the engine's log quoted in an error
-KILL_SECONDS = 60  # how long a process may take to disappear after SIGKILL
 # Mean log-prob gap allowed between engine and trainer, in nats, by the engine's dtype. float32:
 # 5e-6 was measured. bfloat16: a pretrained 135M model has 0.031 on the trainer's probe and 0.041
 # to 0.046 on single prompts; random other weights give 0.58 to 1.1.
@@ -96,9 +90,16 @@ def completion_text(tokenizer, completion, stop_strings=False):
     return tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
 
 
+def sampling_seed(seed, place, sample):
+    """Seed of one sample in [0, 2^31): the same in every process, so that it can be drawn again."""
+    text = f"{seed}/{place}/{sample}"
+    digest = hashlib.blake2b(text.encode(), digest_size=4).digest()  # hash() differs per process
+    return int.from_bytes(digest, "little") & 0x7FFFFFFF
+
+
 @dataclass(frozen=True)
 class EngineLayout:
-    """What one rank has to do with the engines: see engine_layout."""
+    """What one rank has to do with the engines."""
 
     owns_engine: bool
     index: int  # which engine this rank belongs to, 0 .. count - 1
@@ -106,26 +107,15 @@ class EngineLayout:
     devices: list[int]  # the engine's GPUs, as local ranks
 
 
-# --------------------------------------------------------------------------------------------------
-# Seeds and layout
-# --------------------------------------------------------------------------------------------------
-def sampling_seed(seed, step, place, sample):
-    """Seed of one sample in [0, 2^31): the same in every process, so that it can be drawn again."""
-    text = f"{seed}/{step}/{place}/{sample}"
-    digest = hashlib.blake2b(text.encode(), digest_size=4).digest()  # hash() differs per process
-    return int.from_bytes(digest, "little") & 0x7FFFFFFF
-
-
 def engine_layout(rank, local_rank, world_size, local_world_size, tensor_parallel_size):
     """
     Share engines among ranks: `tensor_parallel_size` neighbours of a machine use one engine, and
     the first of them owns it. Raises ValueError if an engine would span two machines.
     """
-    divisors = [d for d in range(1, local_world_size + 1) if local_world_size % d == 0]
-    if tensor_parallel_size not in divisors:
+    if local_world_size % tensor_parallel_size:
         raise ValueError(
             f"--tensor_parallel_size {tensor_parallel_size} must divide the {local_world_size} "
-            f"ranks of a machine (an engine does not span machines); choose one of {divisors}")
+            "ranks of a machine: an engine does not span machines")
     first = local_rank - local_rank % tensor_parallel_size
     devices = list(range(first, first + tensor_parallel_size))
     count = world_size // tensor_parallel_size
@@ -156,44 +146,40 @@ def clean_sync_folder(sync_dir, output_dir, ctx):
         remove()
 
 
-def sync_weights(model, engine, ctx, folder, version, probe):
+def sync_weights(model, engine, ctx, folder, version, probe, last=None):
     """
     Give every engine the policy's weights and prove that they arrived; collective.
 
-    engine: this rank's Engine or None. folder: from clean_sync_folder. probe: a dict with
-    "token_ids" (S,), "batch", their data.collate, and "tolerance"; after the first call, what the
-    last one returned. Returns probe with fingerprint, engine_logprobs (S-1,), gap and seconds
-    filled in. Raises model.RankFailure on all ranks if a machine lacks space or an engine is stale.
+    engine: this rank's Engine or None. folder: from clean_sync_folder. probe: {"token_ids": (S,),
+    "batch": data.collate of them, "tolerance": nats}. last: what the previous call returned.
+    Returns {"fingerprint", "engine_logprobs" (S-1,), "gap"}. Raises model.RankFailure on all ranks
+    if a machine lacks space or an engine is stale.
     """
-    started = time.perf_counter()
     torch.cuda.empty_cache()  # an engine that wakes up needs what torch has cached (CPU: no-op)
 
     # Publish. Every machine writes a copy, since /dev/shm is not shared, and every version into a
     # new folder: vLLM maps files, and has served old weights from a rewritten one (vllm#32718).
-    dtype = ctx.compute_dtype
     published = folder / f"version-{version:06d}"
     with raise_on_all_ranks(ctx, "publishing weights"):
         folder.mkdir(parents=True, exist_ok=True)
-        needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        needed = sum(p.numel() for p in model.parameters()) * ctx.compute_dtype.itemsize
         free = shutil.disk_usage(folder).free
         if free < needed:
-            raise OSError(
-                f"--sync_dir: weights version {version} needs {needed / 1e9:.2f} GB and "
-                f"{free / 1e9:.2f} GB are free in {folder}. Two versions must fit: the old one "
-                "stays until every engine has the new one. Choose a larger disk")
-    fingerprint = save_hf(model, published, ctx, dtype=dtype, one_per_node=True, durable=False)
+            raise OSError(f"--sync_dir: weights version {version} needs {needed / 1e9:.2f} GB and "
+                          f"{free / 1e9:.2f} GB are free in {folder}; choose a larger disk")
+    fingerprint = save_hf(
+        model, published, ctx, dtype=ctx.compute_dtype, one_per_node=True, durable=False)
 
     # Load, then score the probe on both sides.
     with torch.no_grad():
-        inputs = {name: probe["batch"][name] for name in MODEL_INPUTS}
-        trainer_logprobs = model(**inputs)[0][:-1].tolist()
+        trainer_logprobs = model(**probe["batch"])[0][:-1].tolist()
     engine_logprobs, gap = None, 0.0
     with raise_on_all_ranks(ctx, f"weight sync {version}"):
         if engine is not None:
             engine.load_weights(published, version)
             engine_logprobs = engine.score(probe["token_ids"])
-            changed = probe.get("fingerprint", fingerprint) != fingerprint
-            stale_logprobs = probe["engine_logprobs"] if changed else None
+            changed = last and last["fingerprint"] != fingerprint
+            stale_logprobs = last["engine_logprobs"] if changed else None
             gap = check_probe(
                 engine_logprobs, trainer_logprobs, probe["tolerance"], stale_logprobs)
 
@@ -203,10 +189,8 @@ def sync_weights(model, engine, ctx, folder, version, probe):
             if path != published:
                 shutil.rmtree(path)
 
-    gap = max_over_ranks(ctx, gap)
-    seconds = time.perf_counter() - started
-    return probe | dict(
-        fingerprint=fingerprint, engine_logprobs=engine_logprobs, gap=gap, seconds=seconds)
+    return dict(
+        fingerprint=fingerprint, engine_logprobs=engine_logprobs, gap=max_over_ranks(ctx, gap))
 
 
 def check_probe(engine_logprobs, trainer_logprobs, tolerance, stale_logprobs=None):
@@ -221,21 +205,17 @@ def check_probe(engine_logprobs, trainer_logprobs, tolerance, stale_logprobs=Non
     """
     count = len(engine_logprobs)
     pairs = zip(engine_logprobs, trainer_logprobs, strict=True)
-    differences = [abs(engine - trainer) for engine, trainer in pairs]
-    gap = sum(differences) / count
-    means = (f"mean probe log-prob {sum(engine_logprobs) / count:.6f} in the engine, "
-             f"{sum(trainer_logprobs) / count:.6f} in the trainer; mean gap {gap:.3g}")
+    gap = sum(abs(engine - trainer) for engine, trainer in pairs) / count
+    numbers = (f"mean probe log-prob {sum(engine_logprobs) / count:.6f} in the engine, "
+               f"{sum(trainer_logprobs) / count:.6f} in the trainer; mean gap {gap:.3g}")
     if not gap <= tolerance:  # this way round NaN fails, too
         raise StaleWeightsError(
-            f"engine and trainer do not hold the same weights: {means} (largest "
-            f"{max(differences):.3g}), tolerance {tolerance:.3g}. Look at sync/logprob_gap of the "
-            "steps before: if it jumped, the engine loaded other weights or damaged files; if it "
-            "was near the tolerance from the start, vLLM rounds differently in this model: raise "
-            "--probe_tolerance. Nothing was sampled from this engine")
+            f"engine and trainer do not hold the same weights: {numbers}, tolerance "
+            f"{tolerance:.3g}. If sync/logprob_gap was near it from the start, vLLM rounds this "
+            "model differently: raise --probe_tolerance")
     if stale_logprobs == engine_logprobs:
         raise StaleWeightsError(
-            "the published weights changed, but the engine's probe did not change in a single bit: "
-            f"{means}. The engine still computes with the previous version")
+            f"the weights changed, but not a single bit of the engine's probe did: {numbers}")
     return gap
 
 
@@ -272,40 +252,36 @@ class Engine:
     One vLLM engine in a child process, owned by one rank and used by one thread.
 
     The constructor returns at once and the first request waits, so that the trainer loads its model
-    meanwhile. On a shared GPU make a request before the trainer allocates, or pass kv_cache_gb:
-    vLLM sizes its KV cache by the memory that is free while it starts.
+    meanwhile. On a shared GPU make a request before the trainer allocates: vLLM sizes its KV cache
+    by the memory that is free while it starts.
 
-    max_model_len: longest prompt + completion. devices: GPUs as local ranks (None: vLLM chooses).
-    gpu_memory_utilization, kv_cache_gb: share of each GPU, or GB of KV cache instead (CPU: 0.25).
+    max_model_len: longest prompt + completion. devices: GPUs as local ranks (None: the first).
     vocab_size: ids from here on, a padded vocabulary, are never sampled. sleep_mode: allow sleep().
     request_timeout: seconds that an engine may be silent.
     Every method raises EngineError when the engine cannot start, refuses or died too often.
     """
 
-    def __init__(self, model_path, *, max_model_len, dtype="auto", tensor_parallel_size=1,
-                 devices=None, gpu_memory_utilization=0.3, kv_cache_gb=None, max_num_seqs=256,
-                 enforce_eager=False, seed=0, log_file, sleep_mode=False, vocab_size=None,
-                 request_timeout=1800, max_restarts=3):
+    def __init__(self, model_path, *, log_file, max_model_len, dtype="auto", tensor_parallel_size=1,
+                 devices=None, gpu_memory_utilization=0.3, max_num_seqs=256, enforce_eager=False,
+                 sleep_mode=False, vocab_size=None, request_timeout=1800, max_restarts=3):
         on_cpu = not torch.cuda.is_available()
         llm = dict(
-            model=str(model_path), dtype=dtype, max_model_len=max_model_len, seed=seed,
+            model=str(model_path), dtype=dtype, max_model_len=max_model_len,
             max_num_seqs=max_num_seqs, tensor_parallel_size=tensor_parallel_size,
             distributed_executor_backend="mp" if tensor_parallel_size > 1 else "uni",
-            enforce_eager=enforce_eager or on_cpu,  # a CPU has no CUDA graphs
             logprobs_mode="processed_logprobs")  # point 3 above
-        # Ids in, ids out: a tokenizer is needed for stop strings only.
         if Path(model_path).is_dir() and not list(Path(model_path).glob("token*.*")):
-            llm["skip_tokenizer_init"] = True
+            llm["skip_tokenizer_init"] = True  # stop strings need one, ids do not
         if on_cpu:
-            kv_cache_gb = kv_cache_gb or 0.25
-            # A prompt cut in two by the scheduler rewinds its seeded generator, which a CPU
-            # generator cannot do (vLLM 0.32 dies of it). So prompts are prefilled whole.
+            # No CUDA graphs. A prompt cut in two by the scheduler rewinds its seeded generator,
+            # which a CPU generator cannot do (vLLM 0.32 dies of it): prompts are prefilled whole.
             llm |= dict(
-                enable_chunked_prefill=False, max_num_batched_tokens=max(4096, max_model_len))
+                enforce_eager=True, kv_cache_memory_bytes=2**28, enable_chunked_prefill=False,
+                max_num_batched_tokens=max(4096, max_model_len))
         else:
-            llm |= dict(gpu_memory_utilization=gpu_memory_utilization, enable_sleep_mode=sleep_mode)
-        if kv_cache_gb:
-            llm["kv_cache_memory_bytes"] = int(kv_cache_gb * 2**30)
+            llm |= dict(
+                enforce_eager=enforce_eager, gpu_memory_utilization=gpu_memory_utilization,
+                enable_sleep_mode=sleep_mode)
 
         self.settings = dict(llm=llm, vocab_size=vocab_size)
         self.environment = child_environment(model_path, tensor_parallel_size, devices, on_cpu)
@@ -328,29 +304,25 @@ class Engine:
         stop: strings that end a completion and stay in it (needs the model folder's tokenizer).
         The engine goes on while the caller works on a group. Samples drawn again after a death have
         the same tokens in fp32 on a CPU; in bf16 a near-tie may fall the other way. An iterator
-        that is not exhausted costs a restart. Raises ValueError if shapes or lengths do not fit.
+        that is not exhausted costs a restart. Raises ValueError for prompts too long to answer.
         """
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
-        if not len(prompts) == len(seeds) == len(limits) or any(len(row) != n for row in seeds):
-            raise ValueError(
-                f"{len(prompts)} prompts need as many max_tokens (got {len(limits)}) and as many "
-                f"rows of seeds (got {len(seeds)}), each of n = {n}")
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
             if not prompt or limit < 1 or len(prompt) + limit > self.max_model_len:
                 raise ValueError(
-                    f"prompt {index} has {len(prompt)} tokens and max_tokens {limit}: both must be "
-                    f"at least 1 and their sum at most max_model_len {self.max_model_len}")
+                    f"prompt {index}: its {len(prompt)} tokens and max_tokens {limit} must be at "
+                    f"least 1 and together at most max_model_len {self.max_model_len}")
 
         sampling = dict(temperature=temperature, top_p=top_p, min_p=min_p, stop=stop)
         missing = {(p, s): None for p in range(len(prompts)) for s in range(n)}  # an ordered set
         groups = [[] for _ in prompts]
         while missing:
             try:
-                connection = self._ask(dict(
+                self._ask(dict(
                     op="generate", sampling=sampling, prompts={p: prompts[p] for p, _ in missing},
                     samples=[(p, s, seeds[p][s], limits[p]) for p, s in missing]))
                 while missing:
-                    completion = Completion(**self._answer(connection))
+                    completion = Completion(**self._answer())
                     p = completion.prompt_index
                     del missing[p, completion.sample_index]
                     self.busy = bool(missing)
@@ -363,32 +335,27 @@ class Engine:
     def load_weights(self, folder, version):
         """Load a published folder, drop the prefix cache, and wake the engine if it sleeps."""
         check_files(Path(folder))  # an engine would die of a damaged file, and so would the next
-        self._call(dict(op="load", folder=str(folder), version=version))
+        self._call(op="load", folder=str(folder), version=version)
         self.version, self.weights_folder = version, str(folder)
 
     def score(self, token_ids):
         """log pi(y_t | y_<t) of token_ids[1:], (S-1,), under the softmax without truncation."""
         if not 2 <= len(token_ids) < self.max_model_len:
             raise ValueError(f"score: {len(token_ids)} tokens, need 2 to {self.max_model_len - 1}")
-        return self._call(dict(op="score", token_ids=token_ids))
+        return self._call(op="score", token_ids=token_ids)
 
     def sleep(self):
         """Free the GPU memory of weights and KV cache until load_weights (on a CPU: nothing)."""
         if self.can_sleep:
-            self._call(dict(op="sleep"))
+            self._call(op="sleep")
 
     def close(self):
         """End the child."""
         self.connection.close()  # the child reads an end of file and leaves
-        with suppress(subprocess.TimeoutExpired):
-            # Workers of tensor parallelism need time to remove their shared memory.
-            self.process.wait(10 if self.settings["llm"]["tensor_parallel_size"] > 1 else 0)
+        if self.settings["llm"]["tensor_parallel_size"] > 1:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(10)  # its workers need time to remove their shared memory
         self._kill()
-
-    @property
-    def pid(self):
-        """Process id of the child, which is also its process group."""
-        return self.process.pid
 
     # --- process ----------------------------------------------------------------------------------
     def _start(self):
@@ -403,39 +370,39 @@ class Engine:
         send(self.connection, self.settings)
         arguments = ["--serve", str(theirs.fileno()), str(os.getpid())]
         with theirs, open(self.log_file, "ab") as log:
-            self.log_start = log.tell()
             self.process = subprocess.Popen(
                 [sys.executable, os.path.abspath(__file__), *arguments], env=self.environment,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()],
                 start_new_session=True)  # a process group of its own
+        self.pid = self.process.pid  # also the id of that group
 
     def _ask(self, request):
-        """Send a request once the engine is ready; returns the connection that will answer."""
+        """Send a request once the engine is ready and holds the last weights."""
         if self.busy:  # an iterator of generate() was abandoned, or a wait interrupted
             self._kill()
             self._start()
         if not self.ready:
-            self._answer(self.connection)
+            self._answer()
             self.ready = True
             if self.weights_folder:
                 self.load_weights(self.weights_folder, self.version)
         self.busy = True
         send(self.connection, request)
-        return self.connection
 
-    def _answer(self, connection):
-        """Next answer. Raises EOFError or OSError if there is none, EngineError if refused."""
-        answer = receive(connection)
+    def _answer(self):
+        """Next answer. Raises EOFError or OSError from a dead engine, EngineError if refused."""
+        answer = receive(self.connection)
         if isinstance(answer, dict) and "refused" in answer:
             self.busy = False
             raise EngineError(f"the engine refused the request: {answer['refused']}")
         return answer
 
-    def _call(self, request):
+    def _call(self, **request):
         """One request, one answer; a dead engine is replaced."""
         while True:
             try:
-                answer = self._answer(self._ask(request))
+                self._ask(request)
+                answer = self._answer()
                 self.busy = False
                 return answer
             except (OSError, EOFError) as error:
@@ -445,13 +412,14 @@ class Engine:
         """Replace a dead or silent engine, unless it can never start or max_restarts is reached."""
         self._kill()
         code = self.process.returncode  # negative: ended by a signal
-        silent = isinstance(error, BlockingIOError)
+        silent = isinstance(error, BlockingIOError)  # what a socket's deadline raises
         cause = f"no answer for {self.request_timeout} s" if silent else f"exit code {code}"
-        if not self.ready and code > 0:  # a wrong flag or model: it would fail again
-            raise EngineError(f"the engine cannot start ({cause}){self._log_tail()}") from error
-        if self.restarts >= self.max_restarts:
-            died = f"the engine died ({cause}) after {self.restarts} restarts"
-            raise EngineError(died + self._log_tail()) from error
+        cannot_start = not self.ready and code > 0  # a wrong flag or model: it would fail again
+        if cannot_start or self.restarts >= self.max_restarts:
+            what = "cannot start" if cannot_start else f"died after {self.restarts} restarts"
+            tail = self.log_file.read_text(errors="replace").splitlines()[-30:]
+            raise EngineError(f"the engine {what} ({cause}); last lines of {self.log_file}:\n"
+                              + "\n".join(tail)) from error
         self.restarts += 1
         print(f"rollout: engine {self.pid} died ({cause}); restart {self.restarts} of "
               f"{self.max_restarts} on weights version {self.version}, log {self.log_file}",
@@ -463,15 +431,9 @@ class Engine:
         # The guard kills the rest of the process group. With tensor parallelism some MB of message
         # buffers stay in /dev/shm.
         self.process.kill()
-        self.process.wait(KILL_SECONDS)
+        self.process.wait(60)
         self.connection.close()
         self.busy = False
-
-    def _log_tail(self):
-        with open(self.log_file, "rb") as log:
-            log.seek(self.log_start)
-            lines = log.read().decode(errors="replace").splitlines()
-        return "\n".join(["", f"--- last lines of {self.log_file} ---", *lines[-LOG_TAIL_LINES:]])
 
 
 def child_environment(model_path, tensor_parallel_size, devices, on_cpu):
@@ -530,9 +492,9 @@ def serve(descriptor, trainer_pid):
         # vLLM's attention uses them without asking.
         score(llm, [0] * min(32, settings["llm"]["max_model_len"] - 1))
 
-        answers = queue.SimpleQueue()
-        answers.put("ready")
-        threading.Thread(target=send_all, args=(connection, answers), daemon=True).start()
+        send(connection, "ready")
+        # A thread sends, so that a trainer busy with scoring does not stop the generation.
+        sender = ThreadPoolExecutor(1)
         version, asleep = 0, False
         while True:
             request = receive(connection)
@@ -540,7 +502,7 @@ def serve(descriptor, trainer_pid):
             try:
                 if op == "generate":
                     for completion in sample(llm, request, padding):
-                        answers.put(completion | {"version": version})
+                        sender.submit(send, connection, completion | {"version": version})
                     continue
                 elif op == "score":
                     answer = score(llm, request["token_ids"])
@@ -552,18 +514,12 @@ def serve(descriptor, trainer_pid):
                     version, asleep = request["version"], False
             except (ValueError, VLLMValidationError) as error:  # any other error ends the engine
                 answer = {"refused": str(error)}
-            answers.put(answer)
+            sender.submit(send, connection, answer)
     except EOFError:
         pass  # the trainer has closed the connection
     except BaseException:  # noqa: BLE001  (it ends the process)
         traceback.print_exc()
         os._exit(1)  # at once: vLLM's own teardown may hang, and the guard cleans up
-
-
-def send_all(connection, answers):
-    """A thread sends, so that a trainer busy with scoring does not stop the generation."""
-    while True:
-        send(connection, answers.get())
 
 
 def fork_guard(trainer_pid):
@@ -599,18 +555,17 @@ def sample(llm, request, padding):
             **request["sampling"], seed=seed, max_tokens=max_tokens, logit_bias=padding,
             logprobs=0, flat_logprobs=True,  # of the sampled token only, without objects
             detokenize=stop, include_stop_str_in_output=stop,
-            output_kind=RequestOutputKind.FINAL_ONLY)
+            output_kind=RequestOutputKind.FINAL_ONLY)  # step() returns what is complete
         prompt = {"prompt_token_ids": request["prompts"][str(prompt_index)]}  # JSON: keys are str
         engine.add_request(f"{prompt_index}/{sample_index}", prompt, params)
     while engine.has_unfinished_requests():
         for output in engine.step():
-            if output.finished:
-                prompt_index, sample_index = map(int, output.request_id.split("/"))
-                answer = output.outputs[0]
-                yield dict(
-                    prompt_index=prompt_index, sample_index=sample_index,
-                    token_ids=list(answer.token_ids), logprobs=list(answer.logprobs.logprobs),
-                    finish_reason=answer.finish_reason)
+            prompt_index, sample_index = map(int, output.request_id.split("/"))
+            answer = output.outputs[0]
+            yield dict(
+                prompt_index=prompt_index, sample_index=sample_index,
+                token_ids=list(answer.token_ids), logprobs=list(answer.logprobs.logprobs),
+                finish_reason=answer.finish_reason)
 
 
 def padding_bias(llm, vocab_size):
@@ -621,9 +576,8 @@ def padding_bias(llm, vocab_size):
     size = llm.llm_engine.model_config.get_vocab_size()
     padding = range(vocab_size or size, size)
     if len(padding) > 1024:
-        raise ValueError(
-            f"the model has {len(padding)} ids beyond the tokenizer's {vocab_size}, and vLLM can "
-            "forbid 1,024: shrink it with transformers' resize_token_embeddings")
+        raise ValueError(f"{len(padding)} ids beyond the tokenizer's {vocab_size}; vLLM forbids at "
+                         "most 1,024: shrink the model by transformers' resize_token_embeddings")
     return dict.fromkeys(padding, -100.0) or None
 
 

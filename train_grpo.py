@@ -29,9 +29,9 @@ the same single denominator N per step over all ranks. --loss_type only chooses 
 There is no critic, no reward model and no replay. What the originals did differently is a patch
 against these files, hunk by hunk with the reason: recipes/originals/.
 
-Letters: P prompts, G answers per prompt, B = P x G answers, S tokens of a prompt
-and its answer, T tokens of a micro-batch. Every
-per-token tensor of a micro-batch is (T,): position t holds what belongs to the token it predicts.
+Letters: P prompts, G answers per prompt, B = P x G answers, S tokens of a prompt and its answer,
+T tokens of a micro-batch. Every per-token tensor of a micro-batch is (T,): position t holds what
+belongs to the token it predicts.
 """
 
 import json
@@ -135,30 +135,6 @@ class GRPOConfig(RewardOptions):  # the reward flags and their defaults are in r
     ranks: int = flag(0, "With --dry_run: plan for this many ranks; 0: those running.")
 
 
-def check_config(cfg):
-    """Refuse impossible values before anything starts. Raises ValueError: flag, value, remedy."""
-    check_common_flags(cfg)
-    check_reward_options(cfg)
-    check_flags(
-        cfg,
-        choices={"loss_type": ("grpo", "dapo", "dr_grpo"),
-                 "scale_rewards": ("group", "batch", "none"),
-                 "importance_sampling_level": ("token", "sequence")},
-        above_0=("num_prompts_per_step", "max_prompt_length", "max_completion_length", "top_p",
-                 "num_iterations", "tensor_parallel_size", "temperature", "eval_num_samples",
-                 "max_num_seqs", "gpu_memory_utilization", "request_timeout"),
-        not_negative=("beta", "epsilon", "epsilon_high", "rollout_is_cap", "probe_tolerance",
-                      "dynamic_sampling_rounds", "max_tokens_per_microbatch", "ranks"),
-        shares=("top_p", "min_p", "gpu_memory_utilization"))
-    if cfg.num_generations < 2:
-        raise ValueError(f"--num_generations {cfg.num_generations}: an advantage compares answers "
-                         "to the same problem; use 2 or more")
-    longest = cfg.max_prompt_length + cfg.max_completion_length
-    if 0 < cfg.max_tokens_per_microbatch < longest:
-        raise ValueError(f"--max_tokens_per_microbatch {cfg.max_tokens_per_microbatch} is below "
-                         f"the longest prompt + answer, {longest}; raise it, or use 0")
-
-
 # --------------------------------------------------------------------------------------------------
 # The algorithm, as pure functions
 # --------------------------------------------------------------------------------------------------
@@ -170,21 +146,18 @@ def group_advantages(rewards, scale_rewards="group", eps=1e-4):
     or not at all, "none" (Dr. GRPO, arXiv 2503.20783: the group's std favours problems that are
     almost always or almost never solved). NaN is an answer without a reward: its advantage is 0.
     """
-    known = ~rewards.isnan()
-    count = known.sum(1, keepdim=True).clamp(min=1)  # (P, 1)
-    mean = rewards.nan_to_num().sum(1, keepdim=True) / count  # (P, 1)
-    centered = torch.where(known, rewards - mean, 0.0)  # (P, G)
+    centered = rewards - rewards.nanmean(1, keepdim=True)  # (P, G)
     # A group of equal rewards teaches nothing, but dividing by eps would amplify its rounding.
-    highest = torch.where(known, rewards, -math.inf).amax(1, keepdim=True)  # (P, 1)
-    lowest = torch.where(known, rewards, math.inf).amin(1, keepdim=True)  # (P, 1)
-    centered = torch.where(highest > lowest, centered, 0.0)
+    centered = torch.where(centered.abs() > 1e-9, centered, 0.0)  # nan becomes 0, too
     if scale_rewards == "none":
         return centered
+    known = ~rewards.isnan()
     if scale_rewards == "batch":
-        std = rewards[known].std() if known.sum() > 1 else 0.0
-        return centered / (std + eps)
-    variance = centered.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)  # (P, 1)
-    return centered / (variance.sqrt() + eps)
+        std = rewards[known].std().nan_to_num()  # of fewer than two rewards it is nan
+    else:
+        count = known.sum(1, keepdim=True)  # (P, 1)
+        std = (centered.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()  # (P, 1)
+    return centered / (std + eps)
 
 
 def loss_weights(loss_type, lengths, has_loss, max_completion_length):
@@ -194,14 +167,12 @@ def loss_weights(loss_type, lengths, has_loss, max_completion_length):
     lengths: tokens per answer; has_loss: False for an answer that is left out of the loss. It is
     left out of the denominator, too: otherwise masked answers would shrink the gradient.
     """
-    has_loss = [bool(h) and n > 0 for h, n in zip(has_loss, lengths, strict=True)]
-    answers = sum(has_loss)
+    lengths = [n if h else 0 for n, h in zip(lengths, has_loss, strict=True)]
+    answers = sum(n > 0 for n in lengths)
     if loss_type == "grpo":
-        token_weights = [1.0 / n if h else 0.0 for h, n in zip(has_loss, lengths, strict=True)]
-        return token_weights, float(max(1, answers))
-    tokens = sum(n for h, n in zip(has_loss, lengths, strict=True) if h)
-    denominator = tokens if loss_type == "dapo" else answers * max_completion_length
-    return [float(h) for h in has_loss], float(max(1, denominator))
+        return [1 / n if n else 0.0 for n in lengths], max(1, answers)
+    denominator = sum(lengths) if loss_type == "dapo" else answers * max_completion_length
+    return [float(n > 0) for n in lengths], max(1, denominator)
 
 
 def grpo_loss(logprobs, batch, denominator, cfg):
@@ -210,7 +181,8 @@ def grpo_loss(logprobs, batch, denominator, cfg):
 
     logprobs (T,) of the policy, with gradient. batch: mask, advantages, rollout_logprobs,
     old_logprobs, position_ids and, if cfg.beta, ref_logprobs, all (T,), left unmodified. Returns
-    (loss, sums): a scalar, and floats added up over the tokens inside the mask.
+    (loss, sums): a scalar, and floats added up over the tokens inside the mask; those with a "/" in
+    their names are metrics once they are divided by "tokens".
     """
     mask, advantages = batch["mask"], batch["advantages"]
     inside = (mask > 0).to(logprobs.dtype)  # (T,) 0 or 1, where mask is m_i, such as 1/|y_i|
@@ -235,21 +207,33 @@ def grpo_loss(logprobs, batch, denominator, cfg):
         surrogate = surrogate * rollout_weight.clamp(max=cfg.rollout_is_cap)
     token_loss = -surrogate
 
-    clip_low = (ratio < 1 - cfg.epsilon) & (advantages < 0)
-    clip_high = (ratio > 1 + cfg.epsilon_high) & (advantages > 0)
-    sums = {"tokens": inside.sum(), "ratio": (ratio * inside).sum(),
-            "clip_low": (clip_low * inside).sum(), "clip_high": (clip_high * inside).sum()}
+    logged = {"tokens": inside, "update/ratio": ratio,
+              "update/clip_low": (ratio < 1 - cfg.epsilon) & (advantages < 0),
+              "update/clip_high": (ratio > 1 + cfg.epsilon_high) & (advantages > 0)}
     if cfg.beta:
         # k3: never negative, zero only where both policies agree. As a loss its expected gradient
-        # is that of KL(ref || pi); k1, the plain log-ratio, would have expected gradient 0.
+        # is that of KL(ref || pi); k1, the plain log-ratio, would have expected gradient 0. It has
+        # no importance weight, as in TRL: a penalty for leaving ref is right wherever it is read,
+        # while w corrects whose answers the advantages average over.
         delta = (batch["ref_logprobs"] - logprobs) * inside
         kl = delta.exp() - delta - 1
         token_loss = token_loss + cfg.beta * kl
-        sums["kl"] = (kl * inside).sum()
+        logged["update/kl"] = kl
 
     loss = (token_loss * mask).sum() / denominator
-    sums["loss"] = loss
-    return loss, {name: float(value.detach()) for name, value in sums.items()}
+    sums = {name: float((values.detach() * inside).sum()) for name, values in logged.items()}
+    return loss, {**sums, "loss": float(loss.detach())}
+
+
+def diagnostics(batch, cfg):
+    """Sums over the trained tokens, as in grpo_loss: entropy, and log q against log pi_old."""
+    inside = batch["mask"] > 0
+    gap = (batch["old_logprobs"] - batch["rollout_logprobs"])[inside]
+    # Cutting off the tail raises q, which explains a gap below 0; nothing explains one above.
+    gap = gap.clamp(min=0) if cfg.top_p < 1 or cfg.min_p > 0 else gap.abs()
+    return {"rollout/logprob_gap": float(gap.sum()),
+            "rollout/off_by_10_percent": float((gap > math.log(1.1)).sum()),
+            "update/entropy": float(batch["entropy"][inside].sum())}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,9 +264,8 @@ def main(cfg):
     cfg.lr_horizon = schedule_horizon(cfg, total_steps)  # resolved, for the plan and config.json
     max_tokens = cfg.max_tokens_per_microbatch or longest
     if ctx.is_main:
-        print_plan(cfg, train, steps_per_epoch, total_steps, max_tokens, layout)
-        if padding := model_config.vocab_size - vocab:
-            print(f"padding    {padding} ids beyond the tokenizer's: never sampled", flush=True)
+        padding = model_config.vocab_size - vocab
+        print_plan(cfg, train, steps_per_epoch, total_steps, max_tokens, layout, padding)
     if cfg.dry_run:
         if ctx.is_main:
             awake = 0.0 if cfg.vllm_sleep else cfg.gpu_memory_utilization
@@ -308,13 +291,13 @@ def main(cfg):
         step, cursor = state["step"], state["cursor"]
         check_unfinished(run.checkpoint, step, total_steps)
     log = RunLog(ctx, output_dir, asdict(cfg), total_steps, step, cfg.report_to)
-    sample = partial(sample_groups, engine, layout, ctx, tokenizer)  # (cfg, problems, places, step)
+    sample = partial(sample_groups, engine, layout, ctx, tokenizer)  # (cfg, problems, places)
 
     with (clean_sync_folder(cfg.sync_dir, output_dir, ctx) as sync_folder,
           stop_on_signal(ctx) as stop_requested):
         # Before the first step, too: both sides must agree, and a resumed run has other weights.
         probe = make_probe(problems, longest, ctx, cfg)
-        probe = sync_weights(model, engine, ctx, sync_folder, step, probe)
+        synced = sync_weights(model, engine, ctx, sync_folder, step, probe)
         while step < total_steps:
             wait_for_all_ranks(ctx)
             started, times = time.perf_counter(), {}
@@ -322,30 +305,30 @@ def main(cfg):
             # ====================================================== 1.-3. prompts, rollout, rewards
             first_cursor = cursor
             with timed(times, "rollout"):
-                groups, cursor = collect_groups(sample, problems, cursor, step, cfg)
-            if cfg.vllm_sleep:
-                with raise_on_all_ranks(ctx, "putting the engines to sleep"):
-                    if engine is not None:
-                        engine.sleep()
+                groups, cursor = collect_groups(sample, problems, cursor, cfg)
+            with raise_on_all_ranks(ctx, "putting the engines to sleep"):
+                if engine is not None:
+                    engine.sleep()  # with --vllm_sleep only
 
             # ====================================================== 4. advantages
             rewards = torch.tensor([g.scored.totals for g in groups], dtype=torch.float64)  # (P, G)
             advantages = group_advantages(rewards, cfg.scale_rewards).flatten()  # (B,)
-            completions = [c for g in groups for c in g.completions]  # B of them
-            lengths = [len(c.token_ids) for c in completions]
+            lengths = [n for g in groups for n in g.scored.lengths]  # B of them
             has_loss = ~rewards.isnan().flatten()  # (B,)
             if cfg.mask_truncated_completions:
-                has_loss &= torch.tensor([c.finish_reason != "length" for c in completions])
-            token_weights, denominator = loss_weights(
+                has_loss &= torch.tensor(
+                    [c.finish_reason != "length" for g in groups for c in g.completions])
+            answer_weights, denominator = loss_weights(
                 cfg.loss_type, lengths, has_loss.tolist(), cfg.max_completion_length)  # [m_i], N
 
             # Micro-batches of equal cost, because in each of them all ranks wait for the slowest.
-            rows = token_rows(groups, advantages, token_weights)
+            rows = token_rows(groups, advantages, answer_weights)
             sizes = [len(row["ids"]) for row in rows]
             costs = [flops_per_pack(model_config, [size]) for size in sizes]
-            mine = micro_batches(sizes, costs, ctx.world_size, max_tokens)[ctx.rank]
+            row_numbers = micro_batches(sizes, costs, ctx.world_size, max_tokens)[ctx.rank]
             # collate shifts by one: position t holds what belongs to the token it predicts.
-            batches = [collate([rows[i] for i in numbers], ctx.device, COLUMNS) for numbers in mine]
+            batches = [collate([rows[i] for i in numbers], ctx.device, COLUMNS)
+                       for numbers in row_numbers]
 
             # ====================================================== 5. reference
             if reference is not None:
@@ -365,7 +348,7 @@ def main(cfg):
                         batch.setdefault("entropy", entropy)
                         loss, batch_sums = grpo_loss(logprobs, batch, denominator, cfg)
                         loss.backward()  # adds up: over micro-batches here, over ranks in FSDP
-                        sums.update(batch_sums)  # a Counter adds
+                        sums.update(batch_sums | diagnostics(batch, cfg))  # a Counter adds
                     sums = sum_over_ranks(ctx, sums)
                     grad_norm = clip_gradients(model, cfg.max_grad_norm)
                     if not math.isfinite(sums["loss"] + grad_norm):
@@ -381,15 +364,16 @@ def main(cfg):
 
             # ====================================================== 7. publish
             with timed(times, "sync"):
-                probe = sync_weights(model, engine, ctx, sync_folder, step, probe)
+                synced = sync_weights(model, engine, ctx, sync_folder, step, probe, synced)
 
             # ====================================================== 8. log, evaluate, save
             metrics = {"step": step, "epoch": cursor / len(problems), "loss": sums["loss"],
                        "lr": learning_rate, "grad_norm": grad_norm,
-                       "sync/seconds": probe["seconds"], "sync/logprob_gap": probe["gap"],
+                       "sync/seconds": times["time/sync"], "sync/logprob_gap": synced["gap"],
                        "dynamic_sampling/replaced": cursor - first_cursor - len(groups)}
             metrics |= rollout_metrics(groups, lengths, rewards)
-            metrics |= update_metrics(sums, batches, ctx, cfg)
+            metrics |= {name: total / max(1, sums["tokens"]) for name, total in sums.items()
+                        if "/" in name}  # means over the trained tokens
             times["time/step"] = time.perf_counter() - started
             flops = sum(costs) * cfg.num_iterations / ctx.world_size
             metrics |= cost_metrics(times, lengths, flops, engine, ctx)
@@ -397,9 +381,10 @@ def main(cfg):
                 with timed(times, "eval"):
                     metrics |= evaluate(sample, held_out.problems, cfg)
             metrics |= times
-            write_rollouts(output_dir, step, groups, advantages, token_weights,
-                           answer_tokens(ctx, batches, mine, lengths), ctx)
-            log.write(metrics, log_line(metrics, total_steps, any(token_weights)))
+            tokens = answer_tokens(ctx, batches, row_numbers, lengths)
+            if ctx.is_main:
+                write_rollouts(output_dir, step, groups, advantages, answer_weights, tokens)
+            log.write(metrics, log_line(metrics, times, total_steps, any(answer_weights)))
             steps_off = check_step(metrics, steps_off, probe["tolerance"], ctx)
             stopping = stop_requested()
             due = cfg.save_steps and step % cfg.save_steps == 0
@@ -435,7 +420,7 @@ class Group:
     scoring_seconds: float
 
 
-def collect_groups(sample, problems, cursor, step, cfg):
+def collect_groups(sample, problems, cursor, cfg):
     """
     P scored groups for one step, and the next unused place in the data.
 
@@ -445,7 +430,7 @@ def collect_groups(sample, problems, cursor, step, cfg):
     groups = []
     for rounds_left in range(cfg.dynamic_sampling_rounds, -1, -1):
         places = range(cursor, cursor + cfg.num_prompts_per_step - len(groups))
-        fresh = sample(cfg, prompts_at(problems, places, cfg.seed), places, step)
+        fresh = sample(cfg, prompts_at(problems, places, cfg.seed), places)
         cursor = places.stop
         groups += [g for g in fresh if rounds_left == 0 or not has_equal_rewards(g.scored)]
         if len(groups) == cfg.num_prompts_per_step:
@@ -459,11 +444,8 @@ def prompts_at(problems, places, seed):
 
     The place alone decides, so that a resume repeats nothing and skips nothing.
     """
-    chosen = []
-    for place in places:
-        epoch, offset = divmod(place, len(problems))
-        chosen.append(problems[epoch_order(len(problems), epoch, seed)[offset]])
-    return chosen
+    at = [divmod(place, len(problems)) for place in places]  # (epoch, offset)
+    return [problems[epoch_order(len(problems), epoch, seed)[offset]] for epoch, offset in at]
 
 
 @lru_cache(maxsize=2)
@@ -473,28 +455,27 @@ def epoch_order(count, epoch, seed):
     return order
 
 
-def sample_groups(engine, layout, ctx, tokenizer, cfg, problems, places, step):
+def sample_groups(engine, layout, ctx, tokenizer, cfg, problems, places):
     """
     One scored Group per problem, on every rank; engine k takes the problems k, k + count, ...
 
-    A sample's seed is made of (seed, step, place of the prompt in the data, sample): a problem that
-    occurs twice in a step gets different answers, and a restarted engine draws the same ones again.
+    A sample's seed is made of (seed, place of the prompt in the data, sample): a problem that comes
+    a second time gets other answers, and a restarted engine draws the same ones again.
     """
-    mine = {}
+    scored = {}
     with raise_on_all_ranks(ctx, "sampling answers"):
         if engine is not None:
             numbers = range(layout.index, len(problems), layout.count)
             samples = range(cfg.num_generations)
             stream = engine.generate(
                 [problems[i].prompt_ids for i in numbers], n=cfg.num_generations,
-                seeds=[[sampling_seed(cfg.seed, step, places[i], s) for s in samples]
-                       for i in numbers],
+                seeds=[[sampling_seed(cfg.seed, places[i], s) for s in samples] for i in numbers],
                 temperature=cfg.temperature, top_p=cfg.top_p, min_p=cfg.min_p,
                 max_tokens=cfg.max_completion_length)
             for index, completions in stream:  # scored while the engine samples the other groups
                 number = numbers[index]
-                mine[number] = score_group(problems[number], completions, cfg, tokenizer)
-    groups = {i: group for part in gather_objects(ctx, mine) for i, group in part.items()}
+                scored[number] = score_group(problems[number], completions, cfg, tokenizer)
+    groups = {i: group for part in gather_objects(ctx, scored) for i, group in part.items()}
     return [groups[i] for i in range(len(problems))]
 
 
@@ -512,7 +493,7 @@ def has_equal_rewards(scored):
     return len({total for total in scored.totals if not math.isnan(total)}) <= 1
 
 
-def token_rows(groups, advantages, token_weights):
+def token_rows(groups, advantages, answer_weights):
     """
     One row per answer: ids (S,) of prompt + completion, and an array (S,) for each of COLUMNS.
 
@@ -520,13 +501,13 @@ def token_rows(groups, advantages, token_weights):
     advantages A_i, rollout_logprobs log q. The stop token is trained, too: it was sampled.
     """
     rows = []
-    answers = [(g.problem.prompt_ids, c) for g in groups for c in g.completions]
+    answers = [(g.problem.prompt_ids, c) for g in groups for c in g.completions]  # B of them
     for i, (prompt_ids, completion) in enumerate(answers):
         prompt = np.zeros(len(prompt_ids))
         ones = np.ones(len(completion.token_ids))
         rows.append({
             "ids": np.array([*prompt_ids, *completion.token_ids]),
-            "mask": np.append(prompt, token_weights[i] * ones),
+            "mask": np.append(prompt, answer_weights[i] * ones),
             "advantages": np.append(prompt, float(advantages[i]) * ones),
             "rollout_logprobs": np.append(prompt, completion.logprobs),
         })
@@ -536,7 +517,6 @@ def token_rows(groups, advantages, token_weights):
 def policy_logprobs(model, batch, cfg, vocab_size):
     """(logprobs, entropy), both (T,), of a micro-batch, at the temperature that sampled it."""
     inputs = {name: batch[name] for name in MODEL_INPUTS}
-    # model.policy_forward
     return model(**inputs, temperature=cfg.temperature, vocab_size=vocab_size)
 
 
@@ -552,6 +532,30 @@ def make_probe(problems, longest, ctx, cfg):
 # --------------------------------------------------------------------------------------------------
 # Set-up
 # --------------------------------------------------------------------------------------------------
+def check_config(cfg):
+    """Refuse impossible values before anything starts. Raises ValueError: flag, value, remedy."""
+    check_common_flags(cfg)
+    check_reward_options(cfg)
+    check_flags(
+        cfg,
+        choices={"loss_type": ("grpo", "dapo", "dr_grpo"),
+                 "scale_rewards": ("group", "batch", "none"),
+                 "importance_sampling_level": ("token", "sequence")},
+        above_0=("num_prompts_per_step", "max_prompt_length", "max_completion_length", "top_p",
+                 "num_iterations", "tensor_parallel_size", "temperature", "eval_num_samples",
+                 "max_num_seqs", "gpu_memory_utilization", "request_timeout"),
+        not_negative=("beta", "epsilon", "epsilon_high", "rollout_is_cap", "probe_tolerance",
+                      "dynamic_sampling_rounds", "max_tokens_per_microbatch", "ranks"),
+        shares=("top_p", "min_p", "gpu_memory_utilization"))
+    if cfg.num_generations < 2:
+        raise ValueError(f"--num_generations {cfg.num_generations}: an advantage compares answers "
+                         "to the same problem; use 2 or more")
+    longest = cfg.max_prompt_length + cfg.max_completion_length
+    if 0 < cfg.max_tokens_per_microbatch < longest:
+        raise ValueError(f"--max_tokens_per_microbatch {cfg.max_tokens_per_microbatch} is below "
+                         f"the longest prompt + answer, {longest}; raise it, or use 0")
+
+
 def read_problems(dataset, tokenizer, cfg, ctx):
     """The problems of a data set with readable gold answers and prompts that are not too long."""
     with raise_on_all_ranks(ctx, f"reading {dataset}"):
@@ -570,12 +574,10 @@ def start_engine(cfg, ctx, layout, folder, vocab_size, prompt_ids):
     if layout.owns_engine:
         engine = Engine(
             folder, max_model_len=cfg.max_prompt_length + cfg.max_completion_length + 1,
-            dtype=dtype_name(ctx), vocab_size=vocab_size,
-            request_timeout=cfg.request_timeout,
-            tensor_parallel_size=cfg.tensor_parallel_size,
-            devices=layout.devices if ctx.device.type == "cuda" else None,
+            dtype=dtype_name(ctx), vocab_size=vocab_size, request_timeout=cfg.request_timeout,
+            tensor_parallel_size=cfg.tensor_parallel_size, devices=layout.devices,
             gpu_memory_utilization=cfg.gpu_memory_utilization, max_num_seqs=cfg.max_num_seqs,
-            enforce_eager=cfg.enforce_eager, seed=cfg.seed, sleep_mode=cfg.vllm_sleep,
+            enforce_eager=cfg.enforce_eager, sleep_mode=cfg.vllm_sleep,
             log_file=Path(cfg.output_dir, f"engine-{layout.index}.log"))
     if ctx.device.type == "cuda":
         # vLLM sizes its KV cache by the memory that is free: it must be up before the trainer.
@@ -585,7 +587,7 @@ def start_engine(cfg, ctx, layout, folder, vocab_size, prompt_ids):
     return engine
 
 
-def print_plan(cfg, train, steps_per_epoch, total_steps, max_tokens, layout):
+def print_plan(cfg, train, steps_per_epoch, total_steps, max_tokens, layout, padding):
     """What the run is going to do, before anything expensive starts."""
     answers = cfg.num_prompts_per_step * cfg.num_generations
     print(f"""\
@@ -598,6 +600,7 @@ lengths    prompt <= {cfg.max_prompt_length:,}, answer <= {cfg.max_completion_le
 micro-batches of {max_tokens:,} tokens
 sampling   temperature {cfg.temperature}, top_p {cfg.top_p}, min_p {cfg.min_p}; \
 sampler against trainer: weights up to {cfg.rollout_is_cap} (0: not corrected)
+padding    {padding} ids beyond the tokenizer's: never sampled
 rewards    {cfg.reward_funcs} (weights {cfg.reward_weights or 'all 1'})
 engines    {layout.count} x {cfg.tensor_parallel_size} rank(s); weights through {cfg.sync_dir}
 output     {cfg.output_dir}""", flush=True)
@@ -636,24 +639,6 @@ def rollout_metrics(groups, lengths, rewards):
     }
 
 
-def update_metrics(sums, batches, ctx, cfg):
-    """Means over the trained tokens; sums: of grpo_loss, over all ranks. Collective."""
-    tokens = max(1.0, sums["tokens"])
-    found = Counter()
-    for batch in batches:
-        inside = batch["mask"] > 0
-        gap = (batch["old_logprobs"] - batch["rollout_logprobs"])[inside]  # log pi_old - log q
-        # Cutting off the tail raises q, which explains a gap below 0; nothing explains one above.
-        gap = gap.clamp(min=0) if cfg.top_p < 1 or cfg.min_p > 0 else gap.abs()
-        found["rollout/logprob_gap"] += float(gap.sum())
-        found["rollout/off_by_10_percent"] += int((gap > math.log(1.1)).sum())
-        found["update/entropy"] += float(batch["entropy"][inside].sum())
-    found = sum_over_ranks(ctx, found)
-    names = [name for name in sums if name not in ("loss", "tokens")]
-    found |= {f"update/{name}": sums[name] for name in names}
-    return {name: value / tokens for name, value in found.items()}
-
-
 def cost_metrics(times, lengths, flops, engine, ctx):
     """Speed, memory, and model FLOPs utilisation of the update; flops: per rank. Collective."""
     tokens, peak = sum(lengths), peak_flops(ctx.device)
@@ -668,11 +653,10 @@ def cost_metrics(times, lengths, flops, engine, ctx):
     }
 
 
-def log_line(metrics, total_steps, trained):
-    """The progress line of a step."""
-    phases = [f"{phase} {metrics[f'time/{phase}']:.1f}"
-              for phase in ("rollout", "reference", "update", "sync", "eval")
-              if f"time/{phase}" in metrics]
+def log_line(metrics, times, total_steps, trained):
+    """The progress line of a step; times: seconds of its phases."""
+    phases = [f"{name.removeprefix('time/')} {seconds:.1f}"
+              for name, seconds in times.items() if name != "time/step"]
     line = (f"step {metrics['step']}/{total_steps}  reward {metrics['reward/total']:.3f}  "
             f"correct {metrics['completions/correct']:.2f}  "
             f"length {metrics['completions/mean_length']:.0f}  "
@@ -693,20 +677,20 @@ def check_step(metrics, steps_off, allowed, ctx):
     Raises ValueError when too many answers have no reward, and when sampler and trainer disagree
     in STEPS_OFF steps in a row: then the gradient is not that of the policy that sampled.
     """
-    if metrics["reward/missing"] > MAX_SHARE_WITHOUT_REWARD:
-        raise ValueError(f"{metrics['reward/missing']:.0%} of the answers have no reward, more "
-                         f"than {MAX_SHARE_WITHOUT_REWARD:.0%}: a function of --reward_funcs "
-                         "fails; grading/* in metrics.jsonl says how")
+    missing = metrics["reward/missing"]
+    if missing > MAX_SHARE_WITHOUT_REWARD:
+        raise ValueError(f"{missing:.0%} of the answers have no reward: a function of "
+                         "--reward_funcs fails; grading/* in metrics.jsonl says how")
     gap, share = metrics["rollout/logprob_gap"], metrics["rollout/off_by_10_percent"]
     if gap <= allowed and share <= MAX_SHARE_OFF:
         return 0  # nan fails both tests
     message = (f"sampler and trainer disagree: mean log-prob gap {gap:.3g} (allowed {allowed:.3g}),"
-               f" {share:.0%} of the tokens off by 10% (allowed {MAX_SHARE_OFF:.0%})")
+               f" {share:.0%} of the tokens off by 10% (allowed {MAX_SHARE_OFF:.0%}); "
+               f"{STEPS_OFF} steps in a row end the run")
     if steps_off + 1 == STEPS_OFF:
-        raise ValueError(f"{message}, {STEPS_OFF} steps in a row. Does vLLM compute this model as "
-                         "transformers does? --probe_tolerance raises the first limit")
+        raise ValueError(f"{message}. --probe_tolerance raises the first limit")
     if ctx.is_main:
-        print(f"WARNING: {message}; {STEPS_OFF} such steps in a row end the run", flush=True)
+        print(f"WARNING: {message}", flush=True)
     return steps_off + 1
 
 
@@ -714,23 +698,23 @@ def evaluate(sample, problems, cfg):
     """Accuracy and length on held-out problems, with the training's own engines and sampling."""
     # The same seeds at every evaluation: two evaluations differ by the weights alone.
     eval_cfg = replace(cfg, num_generations=cfg.eval_num_samples, seed=cfg.seed + 1)
-    groups = sample(eval_cfg, problems, range(len(problems)), step=0)
-    correct = [right for g in groups for right in g.scored.correct]
-    completions = [c for g in groups for c in g.completions]
-    return {"eval/pass@1": correct.count(True) / len(correct),
-            "eval/mean_length": float(np.mean([len(c.token_ids) for c in completions])),
-            "eval/truncated": float(np.mean([c.finish_reason == "length" for c in completions]))}
+    groups = sample(eval_cfg, problems, range(len(problems)))
+    correct = [right is True for g in groups for right in g.scored.correct]
+    lengths = [n for g in groups for n in g.scored.lengths]
+    truncated = [c.finish_reason == "length" for g in groups for c in g.completions]
+    return {"eval/pass@1": float(np.mean(correct)), "eval/mean_length": float(np.mean(lengths)),
+            "eval/truncated": float(np.mean(truncated))}
 
 
-def answer_tokens(ctx, batches, mine, lengths):
+def answer_tokens(ctx, batches, row_numbers, lengths):
     """
     {row number: {"logprobs", "entropy"}} of all B answers, one value per token. Collective.
 
     logprobs are the trainer's before the update: beside rollout_logprobs they show where the
-    sampler differs. mine: the row numbers of each micro-batch of this rank.
+    sampler differs. row_numbers: of each micro-batch of this rank.
     """
     found = {}
-    for batch, numbers in zip(batches, mine, strict=True):
+    for batch, numbers in zip(batches, row_numbers, strict=True):
         ends = batch["cu_seqlens"][1:].tolist()
         for number, end in zip(numbers, ends, strict=False):  # an empty micro-batch has no number
             span = slice(end - 1 - lengths[number], end - 1)  # position t predicts token t + 1
@@ -739,10 +723,8 @@ def answer_tokens(ctx, batches, mine, lengths):
     return {i: tokens for part in gather_objects(ctx, found) for i, tokens in part.items()}
 
 
-def write_rollouts(output_dir, step, groups, advantages, token_weights, tokens, ctx):
+def write_rollouts(output_dir, step, groups, advantages, answer_weights, tokens):
     """rollouts/step-NNNNNN.jsonl: one object per completion, what report.py and regrade.py read."""
-    if not ctx.is_main:
-        return
     lines = []
     answers = [(p, s) for p, group in enumerate(groups) for s in range(len(group.texts))]
     for i, (p, s) in enumerate(answers):
@@ -755,7 +737,7 @@ def write_rollouts(output_dir, step, groups, advantages, token_weights, tokens, 
             "outcome": scored.outcomes[s], "correct": scored.correct[s],
             "rewards": {name: values[s] for name, values in scored.parts.items()},
             "reward": scored.totals[s], "advantage": float(advantages[i]),
-            "weight": token_weights[i], "version": completion.version,
+            "weight": answer_weights[i], "version": completion.version,
             "token_ids": completion.token_ids,
             **{name: [round(x, 4) for x in values] for name, values in per_token.items()}}))
     path = output_dir / "rollouts" / f"step-{step:06d}.jsonl"

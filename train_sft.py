@@ -127,9 +127,8 @@ def main(cfg):
     total_steps = cfg.max_steps if cfg.max_steps > 0 else epoch_steps
     cfg.lr_horizon = schedule_horizon(cfg, total_steps)
     if ctx.is_main:
-        print_plan(cfg, train, lengths, packs_per_step, steps_per_epoch, total_steps)
-        print(f"model      {cfg.model_name_or_path}: {parameter_count(model_config):,} parameters "
-              f"on {ranks} x {ctx.device.type}", flush=True)
+        where = f"{parameter_count(model_config):,} parameters on {ranks} x {ctx.device.type}"
+        print_plan(cfg, train, lengths, packs_per_step, steps_per_epoch, total_steps, where)
     if cfg.dry_run:
         if ctx.is_main:
             print_memory(cfg, model_config, ranks, cfg.max_length)
@@ -163,8 +162,8 @@ def main(cfg):
             # Packs of equal cost at the same time, because all ranks wait for the slowest.
             # i counts within the step's packs; -1 is an empty pack that joins the collectives.
             assignment = assign_to_ranks([costs[i] for i in members], ctx.world_size)[ctx.rank]
-            mine = [packs[members[i]] if i >= 0 else [] for i in assignment]
-            batches = [collate_pack(documents, pack, ctx) for pack in mine]
+            own_packs = [packs[members[i]] if i >= 0 else [] for i in assignment]
+            batches = [collate_pack(documents, pack, ctx) for pack in own_packs]
             trained = sum(float(batch["mask"].sum()) for batch in batches)
             denominator = sum_over_ranks(ctx, {"trained": trained})["trained"]  # N
             if denominator == 0:
@@ -249,7 +248,7 @@ def read_documents(dataset, tokenizer, cfg, ctx):
     return load()
 
 
-def print_plan(cfg, train, lengths, packs_per_step, steps_per_epoch, total_steps):
+def print_plan(cfg, train, lengths, packs_per_step, steps_per_epoch, total_steps, where):
     """What the run is going to do; lengths: of the documents of each pack."""
     tokens = sum(map(sum, lengths))
     trained = sum(int(d.mask.sum()) for d in train.documents)
@@ -262,7 +261,8 @@ packs      {len(lengths):,} of {cfg.max_length:,} tokens, \
 step       {packs_per_step} packs, up to {packs_per_step * cfg.max_length:,} tokens
 plan       {steps_per_epoch} steps per epoch, {total_steps} in all, \
 schedule ends at step {cfg.lr_horizon}
-output     {cfg.output_dir}""", flush=True)
+output     {cfg.output_dir}
+model      {cfg.model_name_or_path}: {where}""", flush=True)
 
 
 def collate_pack(documents, pack, ctx):

@@ -31,7 +31,7 @@ TOKENS = SIZES["vocab_size"] - 100  # ids of the tokenizer: the rest is padding
 IDS = torch.randint(5, TOKENS, (200,), generator=torch.Generator().manual_seed(3)).tolist()
 PROMPTS = [IDS[:30], IDS[30:75], IDS[75:80]]
 SAMPLING = dict(
-    n=8, seeds=[[sampling_seed(1, 0, p, s) for s in range(8)] for p in range(len(PROMPTS))],
+    n=8, seeds=[[sampling_seed(1, p, s) for s in range(8)] for p in range(len(PROMPTS))],
     temperature=0.7, top_p=0.9, min_p=0.05)
 ROOT = Path("/tmp/gpu-rollout-check")
 rows = []

@@ -96,6 +96,9 @@ def run_ours(folder, steps, stub=True, **flags):
             reason = "length" if len(ids) >= LONGEST else "stop"
             return Completion(prompt, sample, ids, [-5.8] * len(ids), reason, 0)
 
+        def sleep(self):
+            pass
+
         def close(self):
             pass
 
@@ -109,8 +112,8 @@ def run_ours(folder, steps, stub=True, **flags):
         count_positions(policy.model, positions)
         return policy
 
-    def no_sync(model, engine, ctx, folder, version, probe):
-        return {**probe, "seconds": 0.0, "gap": 0.0}
+    def no_sync(model, engine, ctx, folder, version, probe, last=None):
+        return {"gap": 0.0}
 
     train_grpo.RunLog.write, train_grpo.load_policy = timed_write, counted_load
     if stub:

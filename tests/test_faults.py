@@ -477,7 +477,7 @@ if __name__ == "__main__":
     policy = model.load_policy(base, ctx)
     engine = rollout.Engine(base, max_model_len=128, dtype="float32",
                             log_file=folder + "/engine.log")
-    token_ids, save_hf = list(range(10, 60)), rollout.save_hf
+    token_ids, save_hf, last = list(range(10, 60)), rollout.save_hf, None
     probe = {"token_ids": token_ids, "tolerance": 1e-3,
              "batch": data.collate([{"ids": torch.tensor(token_ids).numpy()}], columns=())}
 
@@ -500,7 +500,7 @@ if __name__ == "__main__":
                 return fingerprint
             rollout.save_hf = damaged
             try:
-                probe = rollout.sync_weights(policy, engine, ctx, sync, version, probe)
+                last = rollout.sync_weights(policy, engine, ctx, sync, version, probe, last)
                 print(json.dumps([name, "accepted"]), flush=True)
             except model.RankFailure as error:
                 print(json.dumps([name, str(error)]), flush=True)

@@ -10,14 +10,12 @@ import pytest
 import torch
 from conftest import ROOT, tiny_config, tiny_model, torchrun
 
-import train_grpo
 from data import MODEL_INPUTS, Problem, collate, micro_batches
 from model import flops_per_pack, load_config, load_policy, named_weights, setup_distributed
 from rollout import Completion
 from train_grpo import (
-    COLUMNS, check_step, collect_groups, group_advantages, grpo_loss,
-    has_equal_rewards, loss_weights, prompts_at, token_rows,
-    update_metrics)
+    COLUMNS, check_step, collect_groups, diagnostics, group_advantages, grpo_loss, has_equal_rewards,
+    loss_weights, prompts_at, token_rows)
 
 
 def settings(**changed):
@@ -154,7 +152,7 @@ def test_first_on_policy_step_is_reinforce():
     loss, sums = grpo_loss(logprobs, batch, 7.0, settings())
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert torch.allclose(gradient, -batch["advantages"] * batch["mask"] / 7.0, rtol=1e-12, atol=0)
-    assert sums["clip_low"] == sums["clip_high"] == 0 and sums["ratio"] == sums["tokens"]
+    assert sums["update/clip_low"] == sums["update/clip_high"] == 0 and sums["update/ratio"] == sums["tokens"]
 
 
 @pytest.mark.parametrize(("advantage", "log_ratio", "moves"), [
@@ -165,8 +163,8 @@ def test_the_clip_stops_one_side_only(advantage, log_ratio, moves):
     loss, sums = grpo_loss(logprobs, batch, 1.0, settings())
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert (gradient.item() != 0) == moves
-    assert sums["clip_low"] == float(not moves and advantage < 0)
-    assert sums["clip_high"] == float(not moves and advantage > 0)
+    assert sums["update/clip_low"] == float(not moves and advantage < 0)
+    assert sums["update/clip_high"] == float(not moves and advantage > 0)
 
 
 def test_k3_is_the_kl_and_its_gradient_that_of_the_reverse_kl():
@@ -329,7 +327,7 @@ def scripted_sampler(equal):
     """sample_groups for collect_groups: a group has equal rewards where its problem number is in `equal`."""
     asked = []
 
-    def sample(cfg, problems, places, step):
+    def sample(cfg, problems, places):
         asked.append(list(places))
         return [SimpleNamespace(problem=i, scored=SimpleNamespace(totals=[0.5, 0.5 if i in equal else 1.0]))
                 for i in problems]
@@ -340,15 +338,15 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards_until_its_rounds_are_
     cfg = SimpleNamespace(dynamic_sampling_rounds=2, num_prompts_per_step=4, seed=3)
     order = prompts_at(list(range(20)), range(20), seed=3)
     sample, asked = scripted_sampler({order[1], order[2], order[5]})
-    groups, cursor = collect_groups(sample, list(range(20)), 0, 0, cfg)
+    groups, cursor = collect_groups(sample, list(range(20)), 0, cfg)
     assert asked == [[0, 1, 2, 3], [4, 5], [6]] and cursor == 7
     assert [g.problem for g in groups] == [order[i] for i in (0, 3, 4, 6)]
     sample, asked = scripted_sampler(set(range(20)))  # nothing but equal rewards: the last round's are kept
-    groups, cursor = collect_groups(sample, list(range(20)), 0, 0, cfg)
+    groups, cursor = collect_groups(sample, list(range(20)), 0, cfg)
     assert len(groups) == 4 and cursor == 12
     cfg.dynamic_sampling_rounds = 0
     sample, asked = scripted_sampler({order[1]})
-    groups, cursor = collect_groups(sample, list(range(20)), 0, 0, cfg)
+    groups, cursor = collect_groups(sample, list(range(20)), 0, cfg)
     assert len(groups) == 4 and asked == [[0, 1, 2, 3]] and cursor == 4
 
 
@@ -368,14 +366,11 @@ def test_balance_of_the_update_over_eight_ranks():
 def gap_metrics(old, rollout, mask, **flags):
     batch = one_answer(old_logprobs=old, rollout_logprobs=rollout, mask=mask)
     batch["entropy"] = torch.ones(len(mask))
-    sums = {"tokens": float(sum(m > 0 for m in mask)), "ratio": 2.0, "loss": 0.5}
-    ctx = SimpleNamespace(control=None)
-    cfg = SimpleNamespace(**{"top_p": 1.0, "min_p": 0.0, **flags})
-    return update_metrics(sums, [batch], ctx, cfg)
+    sums = diagnostics(batch, SimpleNamespace(**{"top_p": 1.0, "min_p": 0.0, **flags}))
+    return {name: total / sum(m > 0 for m in mask) for name, total in sums.items()}
 
 
-def test_the_gap_counts_trained_tokens_and_what_a_cut_off_tail_does_not_explain(monkeypatch):
-    monkeypatch.setattr(train_grpo, "sum_over_ranks", lambda ctx, sums: dict(sums))
+def test_the_gap_counts_trained_tokens_and_what_a_cut_off_tail_does_not_explain():
     metrics = gap_metrics([-1.0, -2.0, -3.0, -1.0], [-1.2, -2.0, 5.0, -0.5], [1.0, 0.5, 0.0, 1.0])
     assert metrics["rollout/logprob_gap"] == pytest.approx(0.7 / 3)
     assert metrics["rollout/off_by_10_percent"] == pytest.approx(2 / 3) and metrics["update/entropy"] == 1

@@ -204,12 +204,12 @@ def check_groups_of_fast_math(base, folder):
     cfg = train_grpo.GRPOConfig(reward_funcs="length", num_prompts_per_step=3)
     lengths = [(100, 200), (300, 500), (7, 9)]
 
-    def sample(cfg, problems, places, step):
+    def sample(cfg, problems, places):
         texts = [[r"\boxed{7}".rjust(n) for n in lengths[place]] for place in places]
         return [SimpleNamespace(texts=t, scored=rewards_for_group(t, "7", cfg, [1, 1]))
                 for t in texts]
 
-    groups, cursor = train_grpo.collect_groups(sample, [None] * 9, 0, 0, cfg)
+    groups, cursor = train_grpo.collect_groups(sample, [None] * 9, 0, cfg)
     assert [g.scored.totals for g in groups] == [[0.5, 0.25], [0, -0.5], [0, 0]]
     assert [g.scored.parts["length"] for g in groups] == [g.scored.totals for g in groups]
 
@@ -224,7 +224,7 @@ def check_groups_of_fast_math(base, folder):
     layout = SimpleNamespace(index=0, count=1)
     cfg = train_grpo.GRPOConfig(max_completion_length=16000)
     try:
-        train_grpo.sample_groups(engine, layout, ctx, None, cfg, problems, [0, 1], 0)
+        train_grpo.sample_groups(engine, layout, ctx, None, cfg, problems, [0, 1])
     except KeyError:
         pass  # this engine has no answers
     assert engine.limits == [16000, 16384 - 512]
@@ -243,7 +243,7 @@ def check_groups_of_fast_math(base, folder):
 
     # [17] half of the 64 problems: two steps of 16 per epoch
     train_grpo.setup_distributed = lambda *values, **options: ctx
-    train_grpo.print_memory = lambda *values, **options: None
+    train_grpo.print_memory = lambda *options, **more: None
     train_grpo.main(cfg)
     train_grpo.main(replace(cfg, train_fraction=1))
     shutdown_distributed(ctx)
