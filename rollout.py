@@ -77,15 +77,15 @@ class Completion:
     version: int  # version of the weights that sampled it
 
 
-def completion_text(tokenizer, completion, stop_strings=False):
+def completion_text(tokenizer, completion):
     """
-    The text that was sampled, without the stop token at its end; stop strings stay.
+    The text that was sampled, without the stop token at its end.
 
     Special tokens are not skipped: some tokenizers count </think> among them, and a reward that
     looks for it would never be paid.
     """
     token_ids = completion.token_ids
-    if completion.finish_reason == "stop" and not stop_strings:
+    if completion.finish_reason == "stop":
         token_ids = token_ids[:-1]
     return tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
 
@@ -271,7 +271,7 @@ class Engine:
             distributed_executor_backend="mp" if tensor_parallel_size > 1 else "uni",
             logprobs_mode="processed_logprobs")  # point 3 above
         if Path(model_path).is_dir() and not list(Path(model_path).glob("token*.*")):
-            llm["skip_tokenizer_init"] = True  # stop strings need one, ids do not
+            llm["skip_tokenizer_init"] = True  # ids go in, ids come out
         if on_cpu:
             # No CUDA graphs. A prompt cut in two by the scheduler rewinds its seeded generator,
             # which a CPU generator cannot do (vLLM 0.32 dies of it): prompts are prefilled whole.
@@ -296,12 +296,11 @@ class Engine:
         self._start()
 
     # --- requests ---------------------------------------------------------------------------------
-    def generate(self, prompts, *, n, seeds, temperature, top_p, min_p, max_tokens, stop=None):
+    def generate(self, prompts, *, n, seeds, temperature, top_p, min_p, max_tokens):
         """
         Sample n completions of each prompt; yield (prompt_index, group of n) as groups finish.
 
         prompts: (P, length) token ids. seeds: (P, n). max_tokens: one for all, or one per prompt.
-        stop: strings that end a completion and stay in it (needs the model folder's tokenizer).
         The engine goes on while the caller works on a group. Samples drawn again after a death have
         the same tokens in fp32 on a CPU; in bf16 a near-tie may fall the other way. An iterator
         that is not exhausted costs a restart. Raises ValueError for prompts too long to answer.
@@ -313,7 +312,7 @@ class Engine:
                     f"prompt {index}: its {len(prompt)} tokens and max_tokens {limit} must be at "
                     f"least 1 and together at most max_model_len {self.max_model_len}")
 
-        sampling = dict(temperature=temperature, top_p=top_p, min_p=min_p, stop=stop)
+        sampling = dict(temperature=temperature, top_p=top_p, min_p=min_p)
         missing = {(p, s): None for p in range(len(prompts)) for s in range(n)}  # an ordered set
         groups = [[] for _ in prompts]
         while missing:
@@ -547,14 +546,14 @@ def sample(llm, request, padding):
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    engine, stop = llm.llm_engine, bool(request["sampling"]["stop"])
+    engine = llm.llm_engine
     for prompt in request["prompts"].values():
         check_vocabulary(llm, prompt)
     for prompt_index, sample_index, seed, max_tokens in request["samples"]:
         params = SamplingParams(
             **request["sampling"], seed=seed, max_tokens=max_tokens, logit_bias=padding,
             logprobs=0, flat_logprobs=True,  # of the sampled token only, without objects
-            detokenize=stop, include_stop_str_in_output=stop,
+            detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY)  # step() returns what is complete
         prompt = {"prompt_token_ids": request["prompts"][str(prompt_index)]}  # JSON: keys are str
         engine.add_request(f"{prompt_index}/{sample_index}", prompt, params)
