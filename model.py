@@ -578,7 +578,7 @@ def build_policy(config, ctx, compute_dtype=None, trainable=True, activation_che
     # follows its forward. The reference has no backward, and frees them until the next forward.
     for unit in [model] if model.lm_head is None else [model.lm_head, model]:
         units.append(shard(unit, reshard_after_forward=not trainable))
-    for unit in units if ctx.world_size > 1 else []:  # one rank would divide by 1, a pass more
+    for unit in units if ctx.mesh.size() > 1 else []:  # one rank would divide by 1, a pass more
         # Gradients are SUMMED over ranks. The loss is already divided by the token count of all
         # ranks; the average that FSDP takes by default would divide a second time. (The force-sum
         # flag makes this work on gloo.)
