@@ -605,7 +605,7 @@ def test_engine_layout():
 
 
 def test_the_graded_text_is_what_was_sampled_but_for_the_stop_token(tokenizer):
-    """</think> is a special token of some tokenizers: a text without it would never earn a format reward."""
+    """</think> is a special token of some tokenizers; a text without it earns no format reward."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["</think>"]})
     answer = "7+1=8\n</think>\nSo \\boxed{8}."

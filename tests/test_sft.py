@@ -5,14 +5,13 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import psutil
 import pytest
 import torch
 import transformers
-from conftest import ROOT, read_rows, run, start, torchrun, wait_for
+from conftest import read_rows, run_script, start, torchrun, wait_for
 
 import train_sft
 
@@ -44,8 +43,9 @@ def short_data(tmp_path_factory, demo):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, demo, short_data):
     output = tmp_path_factory.mktemp("runs") / "unbroken"
-    done = torchrun("train_sft.py", *flags(demo, output, dataset=short_data, max_steps=10, lr_horizon=12,
-                                           warmup_ratio=0.2))
+    done = run_script(
+        "train_sft.py", *flags(demo, output, dataset=short_data, max_steps=10, lr_horizon=12,
+                               warmup_ratio=0.2), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return output
 
@@ -70,14 +70,14 @@ def test_killed_and_resumed_equals_unbroken(tmp_path, demo, short_data, unbroken
     process.wait()
     assert not (output / "final").exists()
     (output / "checkpoints/step-000010.tmp").mkdir(exist_ok=True)  # what a kill in the middle of a save leaves
-    refused = torchrun("train_sft.py", *arguments)
+    refused = run_script("train_sft.py", *arguments)
     assert refused.returncode != 0 and "add --resume" in refused.stderr
     resumed = torchrun("train_sft.py", *arguments, "--resume", "True")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert losses(output) == losses(unbroken) and sorted(losses(output)) == list(range(1, 11))
     ours, theirs = weights(output), weights(unbroken)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    again = torchrun("train_sft.py", *arguments, "--resume", "True")
+    again = run_script("train_sft.py", *arguments, "--resume", "True", ranks=2)
     assert again.returncode != 0 and "nothing to do" in again.stderr
 
 
@@ -85,24 +85,23 @@ def test_a_resume_refuses_other_data_and_weights_and_says_which_flags_changed(tm
     base = {"max_steps": 12, "lr_horizon": 12, "warmup_ratio": 0.2, "resume": "True"}
     other = tmp_path / "other.jsonl"
     other.write_text(short_data.read_text().replace("double", "triple"))
-    changed = torchrun("train_sft.py", *flags(demo, unbroken, dataset=other, **base), ranks=1)
+    changed = run_script("train_sft.py", *flags(demo, unbroken, dataset=other, **base))
     assert changed.returncode == 1 and "data" in changed.stderr and "Traceback" not in changed.stderr
     model = tmp_path / "model"  # the same folder name says nothing: what counts is what is in it
     shutil.copytree(demo / "base", model)
     template = model / "chat_template.jinja"
     template.write_text(template.read_text() + "{# other #}")
-    moved = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, model_name_or_path=model, **base),
-                     ranks=1)
+    moved = run_script("train_sft.py", *flags(demo, unbroken, dataset=short_data, model_name_or_path=model, **base))
     assert moved.returncode == 1 and "model" in moved.stderr and "Traceback" not in moved.stderr
     jinja = tmp_path / "other.jinja"
     jinja.write_text(template.read_text())
-    written = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, **base, chat_template=jinja), ranks=1)
+    written = run_script("train_sft.py", *flags(demo, unbroken, dataset=short_data, **base, chat_template=jinja))
     assert written.returncode == 1 and "chat template: " in written.stderr
-    batch = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, **base,
-                                            gradient_accumulation_steps=5), ranks=1)
+    batch = run_script("train_sft.py", *flags(demo, unbroken, dataset=short_data, **base,
+                                            gradient_accumulation_steps=5))
     assert batch.returncode == 1 and "packs per step" in batch.stderr
-    fewer_ranks = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, **base, max_grad_norm=2,
-                                                  gradient_accumulation_steps=2), ranks=1)
+    fewer_ranks = run_script("train_sft.py", *flags(demo, unbroken, dataset=short_data, **base, max_grad_norm=2,
+                                                  gradient_accumulation_steps=2))
     assert fewer_ranks.returncode == 0, fewer_ranks.stderr  # DCP reshards; two more steps on one rank
     assert "max_grad_norm" in fewer_ranks.stdout + fewer_ranks.stderr
     assert sorted(losses(unbroken))[-1] == 12
@@ -128,10 +127,10 @@ def test_gsm8k_like_rows_train_and_the_loss_falls(tmp_path, demo):
                      "answer": f"{a}+{b}={a + b}.\n#### {a + b}"})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:20]))
-    done = torchrun("train_sft.py", *flags(
+    done = run_script("train_sft.py", *flags(
         demo, tmp_path / "run", dataset=tmp_path / "rows.jsonl", eval_dataset=tmp_path / "held_out.jsonl",
         eval_steps=10, max_steps=30, problem_column="question", generation_column="answer",
-        activation_checkpointing="full", chat_template="open_r1_roles"))
+        activation_checkpointing="full", chat_template="open_r1_roles"), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = read_rows(tmp_path / "run/metrics.jsonl")
     assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]
@@ -146,8 +145,8 @@ def test_gsm8k_like_rows_train_and_the_loss_falls(tmp_path, demo):
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, demo, short_data):
     # a learning rate that makes fp32 overflow after the first step
-    done = torchrun("train_sft.py", *flags(demo, tmp_path / "run", dataset=short_data, max_steps=10,
-                                           learning_rate="1e30", max_grad_norm=0, save_steps=1), ranks=1)
+    done = run_script("train_sft.py", *flags(demo, tmp_path / "run", dataset=short_data, max_steps=10,
+                                           learning_rate="1e30", max_grad_norm=0, save_steps=1))
     assert done.returncode == 1
     assert "; rows [" in done.stderr
     assert "last checkpoint: " in done.stderr and "step-000001" in done.stderr
@@ -172,7 +171,7 @@ WRONG = {
 def test_wrong_input_is_one_clear_line(flag, tmp_path, demo, short_data):
     value, message = WRONG[flag]
     arguments = flags(demo, tmp_path / "run", dataset=short_data, max_steps=2) + [flag, value]
-    done = run(sys.executable, ROOT / "train_sft.py", *arguments)
+    done = run_script("train_sft.py", *arguments)
     lines = [line for line in done.stderr.splitlines() if "train_sft.py: " in line]
     assert done.returncode in (1, 2) and len(lines) == 1 and message in lines[0], done.stderr[-2000:]
     assert "Traceback" not in done.stderr
@@ -186,7 +185,8 @@ def test_empty_data_and_corrupt_weights(tmp_path, demo):
     broken = tmp_path / "model"
     subprocess.run(["cp", "-r", demo / "base", broken], check=True)
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:5000])
-    done = torchrun("train_sft.py", *flags(demo, tmp_path / "b", model_name_or_path=broken, max_steps=2))
+    done = run_script("train_sft.py", *flags(demo, tmp_path / "b", model_name_or_path=broken,
+                                             max_steps=2), ranks=2)
     assert done.returncode != 0 and "is corrupt or was cut short" in done.stderr
     assert "Traceback (most recent call last):\n  File \"/work" not in done.stderr
     assert not (tmp_path / "b" / "final").exists()
