@@ -1,7 +1,6 @@
 """train_grpo.py end to end: real vLLM, two ranks, kills, refusals."""
 
 import contextlib
-import json
 import math
 import re
 import signal
@@ -16,18 +15,18 @@ import train_grpo
 
 DIGITS_REWARD = '''
 def digits(completion, answer):
-    """Ten times the share of digits, at most 1: something a random model can learn within a few steps."""
+    """Ten times the share of digits, at most 1: a random model learns it within a few steps."""
     return min(1.0, 10 * sum(c in "0123456789" for c in completion) / max(1, len(completion)))
 '''
 
 
 def flags(demo, output, **options):
-    options = {"model_name_or_path": demo / "base", "dataset": demo / "rl.jsonl", "system_prompt": "none",
-               "output_dir": output,
-               "max_prompt_length": 128, "max_completion_length": 24, "num_prompts_per_step": 4, "num_generations": 4,
-               "max_steps": 4, "learning_rate": "2e-3", "beta": 0, "top_p": 1, "min_p": 0,
-               "reward_funcs": f"{demo / 'reward.py'}:digits", "activation_checkpointing": "none",
-               "save_steps": 2, "sync_dir": output.parent, **options}
+    options = {
+        "model_name_or_path": demo / "base", "dataset": demo / "rl.jsonl", "system_prompt": "none",
+        "output_dir": output, "max_prompt_length": 128, "max_completion_length": 24,
+        "num_prompts_per_step": 4, "num_generations": 4, "max_steps": 4, "learning_rate": "2e-3",
+        "beta": 0, "top_p": 1, "min_p": 0, "reward_funcs": f"{demo / 'reward.py'}:digits",
+        "activation_checkpointing": "none", "save_steps": 2, "sync_dir": output.parent, **options}
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
 
@@ -45,7 +44,7 @@ def rollouts(output, step):
 
 
 def engines_of(text):
-    """vLLM engine processes whose command line or log names `text`; none may outlive the trainer."""
+    """vLLM engine processes with a file open that names `text`; none may outlive the trainer."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         if any("--serve" in part for part in process.info["cmdline"] or []):
@@ -71,12 +70,13 @@ def test_the_reward_rises_and_everything_is_logged(learned):
     assert [row["step"] for row in rows] == list(range(1, 13))
     first, last = (np.mean([row["reward/digits"] for row in rows[i:i + 3]]) for i in (0, 9))
     assert last > first + 0.15
-    expected = {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "peak_memory_gb", "reward/total",
-                "completions/truncated", "update/clip_low", "update/clip_high", "sync/seconds",
-                "sync/logprob_gap", "time/rollout", "time/update", "time/sync"}
+    expected = {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "peak_memory_gb",
+                "reward/total", "completions/truncated", "update/clip_low", "update/clip_high",
+                "sync/seconds", "sync/logprob_gap", "time/rollout", "time/update", "time/sync"}
     assert expected <= set(rows[0]) and "eval/pass@1" in rows[-1]
     assert rows[-1]["rollout/engine_restarts"] == 0
-    for row in rows:  # on policy, without cut-off sampling: engine and trainer agree, the ratio is one
+    # on policy, without cut-off sampling: engine and trainer agree, the ratio is one
+    for row in rows:
         assert row["sync/logprob_gap"] < 1e-4 and row["rollout/logprob_gap"] < 1e-4
         assert abs(row["update/ratio"] - 1) < 1e-6
 
@@ -87,24 +87,29 @@ def test_every_completion_is_stored_and_no_prompt_is_repeated_or_skipped(learned
         completions = rollouts(learned, step)
         assert len(completions) == 16 and {c["version"] for c in completions} == {step - 1}
         for c in completions:
-            assert c["problem"] == rows[c["row"]]["problem"] and c["answer"] == rows[c["row"]]["answer"]
+            row = rows[c["row"]]
+            assert c["problem"] == row["problem"] and c["answer"] == row["answer"]
             stopped = c["token_ids"][-1] == tokenizer.eos_token_id
             assert (c["finish_reason"] == "stop") == stopped and c["length"] == len(c["token_ids"])
             assert c["text"] == tokenizer.decode(c["token_ids"][:-1] if stopped else c["token_ids"])
             for name in ("rollout_logprobs", "logprobs", "entropy"):
                 assert len(c[name]) == c["length"]
-            assert c["logprobs"] == pytest.approx(c["rollout_logprobs"], abs=2e-4) and min(c["entropy"]) > 0
+            assert c["logprobs"] == pytest.approx(c["rollout_logprobs"], abs=2e-4)
+            assert min(c["entropy"]) > 0
             assert c["weight"] == 1 / c["length"]
-            share = sum(character in "0123456789" for character in c["text"]) / max(1, len(c["text"]))
+            digits = sum(character in "0123456789" for character in c["text"])
+            share = digits / max(1, len(c["text"]))
             assert c["reward"] == c["rewards"]["digits"] == pytest.approx(min(1.0, 10 * share))
         groups = [[c for c in completions if c["prompt_index"] == p] for p in range(4)]
         for group in groups:
-            assert len({c["row"] for c in group}) == 1 and [c["sample_index"] for c in group] == [0, 1, 2, 3]
+            assert len({c["row"] for c in group}) == 1
+            assert [c["sample_index"] for c in group] == [0, 1, 2, 3]
             assert abs(sum(c["advantage"] for c in group)) < 1e-6
         seen += [group[0]["row"] for group in groups]
     assert len(set(seen)) == len(seen)
     replaced = int(sum(row["dynamic_sampling/replaced"] for row in metrics(learned)))
-    assert set(seen) <= set(train_grpo.prompts_at(range(len(rows)), range(len(seen) + replaced), seed=42))
+    places = range(len(seen) + replaced)
+    assert set(seen) <= set(train_grpo.prompts_at(range(len(rows)), places, seed=42))
 
 
 def test_final_loads_in_transformers(learned):
@@ -157,13 +162,15 @@ def test_a_killed_engine_and_a_killed_trainer_change_nothing(tmp_path, demo, lea
 
 
 def test_beta_iterations_and_cut_off_sampling_run(tmp_path, demo):
-    """The options together: reference model, two iterations, sequence ratios, masked truncation, top_p and min_p."""
+    """Together: reference, two iterations, sequence ratios, masked truncation, top_p and min_p."""
     output = tmp_path / "run"
-    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in read_rows(demo / "rl.jsonl")[:2]))
+    two = (demo / "rl.jsonl").read_text().splitlines()[:2]
+    (tmp_path / "two.jsonl").write_text("\n".join(two))
     done = run_script("train_grpo.py", *flags(
         demo, output, dataset=tmp_path / "two.jsonl", beta=0.04, num_iterations=2,
         importance_sampling_level="sequence", loss_type="dapo",
-        scale_rewards="batch", mask_truncated_completions="True", top_p=0.95, min_p=0.01, temperature=1.2,
+        scale_rewards="batch", mask_truncated_completions="True",
+        top_p=0.95, min_p=0.01, temperature=1.2,
         reward_funcs="format,cosine,length,repetition,soft_overlong",
         num_prompts_per_step=3, num_generations=3, max_steps=2, max_completion_length=200,
         max_tokens_per_microbatch=328), ranks=2)
@@ -173,8 +180,10 @@ def test_beta_iterations_and_cut_off_sampling_run(tmp_path, demo):
     assert 0 < rows[0]["completions/truncated"] < 1  # some are masked, some are trained on
     assert rows[0]["update/kl"] > 0 and "time/reference" in rows[0]  # of the second iteration
     assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
-    stored = rollouts(output, 1)  # three prompts out of two problems: the repeated one gets other answers
-    assert len({row["problem"] for row in stored}) == 2 and len({tuple(row["token_ids"]) for row in stored}) == 9
+    stored = rollouts(output, 1)
+    # three prompts out of two problems: the repeated one gets other answers
+    assert len({row["problem"] for row in stored}) == 2
+    assert len({tuple(row["token_ids"]) for row in stored}) == 9
     assert not list(tmp_path.glob("grpo-*"))  # the weights that were handed over are gone
 
 
@@ -196,7 +205,8 @@ def test_wrong_input_is_one_clear_line(flag, tmp_path, demo):
     value, message = WRONG[flag]
     done = run_script("train_grpo.py", *flags(demo, tmp_path / "run"), flag, value)
     lines = [line for line in done.stderr.splitlines() if "train_grpo.py: " in line]
-    assert done.returncode in (1, 2) and len(lines) == 1 and message in lines[0], done.stderr[-2000:]
+    assert done.returncode in (1, 2), done.stderr[-2000:]
+    assert len(lines) == 1 and message in lines[0], done.stderr[-2000:]
     assert "Traceback" not in done.stderr and not (tmp_path / "run" / "final").exists()
 
 
@@ -211,7 +221,8 @@ def test_impossible_numbers_are_refused_by_name(flag, value):
 def test_dry_run_prints_the_plan(tmp_path, demo):
     arguments = flags(demo, tmp_path / "run", num_prompts_per_step=16, num_generations=8)
     done = run_script("train_grpo.py", *arguments, "--dry_run", "True")
-    assert done.returncode == 0 and "16 prompts x 8 answers = 128" in done.stdout and not (tmp_path / "run").exists()
+    assert done.returncode == 0 and "16 prompts x 8 answers = 128" in done.stdout
+    assert not (tmp_path / "run").exists()
     assert re.search(r"\nmemory +peak \d+\.\d GB per rank", done.stdout), done.stdout
     assert re.search(r"\npadding +\d+ ids beyond the tokenizer's: never sampled", done.stdout)
 
@@ -226,6 +237,7 @@ def test_a_broken_reward_function_ends_the_run_and_pays_nobody(tmp_path, demo):
     (tmp_path / "mine.py").write_text(BROKEN_REWARDS)
     done = run_script("train_grpo.py", *flags(
         demo, tmp_path / "run", reward_funcs=f"{tmp_path / 'mine.py'}:broken"))
-    assert done.returncode != 0 and "100% of the answers have no reward" in done.stderr, done.stderr[-2000:]
+    assert done.returncode != 0, done.stderr[-2000:]
+    assert "100% of the answers have no reward" in done.stderr, done.stderr[-2000:]
     (row,) = metrics(tmp_path / "run")
     assert row["grad_norm"] == 0 and row["grading/crash"] == 16
