@@ -24,8 +24,8 @@ def test_the_miniature_recipe(tmp_path):
     rows = {line.split(" | ")[0][2:]: line for line in table[start:start + 3]}
     assert list(rows) == ["base", "SFT", "SFT + GRPO"]
     assert all(line.count("|") == header.count("|") for line in rows.values())
-    # At the largest budget. 300 of the recipe's 1,000 steps teach to box a digit, right by chance in
-    # 10% of the answers; accuracy rises later. The README has what the whole recipe reaches.
+    # At the largest budget. 300 of the recipe's 1,000 steps teach to box a digit, which is right by
+    # chance in 10% of the answers; accuracy rises later. The README has what the recipe reaches.
     accuracy = {name: float(line.split(" | ")[-2].split()[0]) for name, line in rows.items()}
     assert accuracy["base"] < 2 and min(accuracy["SFT"], accuracy["SFT + GRPO"]) > 3
     losses = [step["loss"] for step in read_rows(output / "sft/metrics.jsonl")]
