@@ -1,10 +1,16 @@
 """Tiny models and data that the tests make themselves; how they start the real programs."""
 
 import json
+import multiprocessing
 import os
+import random
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["PYTHONPATH"] = str(ROOT)
 
 from make_demo import write_demo  # noqa: E402
 
@@ -23,13 +30,14 @@ def tiny_config(arch="qwen2", tie=False, vocab_size=336, hidden_size=64, layers=
     cls = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config,
            "llama": transformers.LlamaConfig}[arch]
     extra = {"head_dim": 16} if arch == "qwen3" else {}
-    return cls(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=96, num_hidden_layers=layers,
-               num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=tie,
-               initializer_range=0.1, bos_token_id=None, eos_token_id=1, pad_token_id=0, **extra)
+    return cls(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=96,
+               num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+               max_position_embeddings=2048, tie_word_embeddings=tie, initializer_range=0.1,
+               bos_token_id=None, eos_token_id=1, pad_token_id=0, **extra)
 
 
 def tiny_model(path, arch="qwen2", tie=False, seed=0, **options):
-    """Write a random model of arch into folder `path` (weights only) and return the transformers model, fp32, eval."""
+    """Write a random model's weights into folder `path`; returns transformers' model, for eval."""
     import torch
     import transformers
 
@@ -41,7 +49,7 @@ def tiny_model(path, arch="qwen2", tie=False, seed=0, **options):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """Folder of the miniature recipe: base/ (model and tokenizer), train.jsonl, rl.jsonl, test.jsonl."""
+    """Folder of the miniature recipe: base/ (model, tokenizer), train, rl and test .jsonl."""
     folder = tmp_path_factory.mktemp("demo")
     write_demo(folder)
     return folder
@@ -55,17 +63,18 @@ def tokenizer(demo):
 
 
 def run(*command, timeout=300, **environment):
-    """Run a program of this checkout to its end; returns subprocess.CompletedProcess with text output."""
+    """Run a program of this checkout to its end; returns subprocess.CompletedProcess with texts."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout,
-                          check=False)
+    return subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True,
+                          text=True, timeout=timeout, check=False)
 
 
 def command_line(script, *flags, ranks=2):
     """A script under a real torchrun with gloo ranks; ranks=1: without torchrun."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--rdzv_backend", "c10d",
                 "--rdzv_endpoint", "localhost:0"]
-    return [str(part) for part in (sys.executable, *(launcher if ranks > 1 else []), ROOT / script, *flags)]
+    launcher = launcher if ranks > 1 else []
+    return [str(part) for part in (sys.executable, *launcher, ROOT / script, *flags)]
 
 
 def torchrun(script, *flags, ranks=2, timeout=300):
@@ -73,8 +82,61 @@ def torchrun(script, *flags, ranks=2, timeout=300):
     return run(*command_line(script, *flags, ranks=ranks), timeout=timeout)
 
 
+# Imports are most of a short run. One process does them; each rank of run_script is a fork of it.
+WARM = multiprocessing.get_context("forkserver")
+WARM.set_forkserver_preload([
+    "train_sft", "train_grpo", "evaluate", "datasets", "torch.distributed.checkpoint",
+    "torch.distributed.fsdp", "transformers.models.qwen2.modeling_qwen2",
+    "transformers.hf_argparser", "torch.distributed.elastic.multiprocessing.errors"])
+
+
+def run_rank(script, flags, environment, outputs):
+    """The fork's side of run_script."""
+    for descriptor, path in enumerate(outputs, start=1):
+        with open(path, "a") as file:
+            os.dup2(file.fileno(), descriptor)
+    os.chdir(ROOT)
+    os.environ.update(environment)
+    sys.argv = [script, *flags]
+    runpy.run_path(script, run_name="__main__")
+
+
+def run_script(script, *flags, ranks=1, timeout=300):
+    """Like torchrun, without torchrun and imports: for tests of what a program computes or says."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        world = dict(MASTER_ADDR="localhost", MASTER_PORT=free_port(), WORLD_SIZE=ranks,
+                     LOCAL_WORLD_SIZE=ranks)
+        processes = []
+        for rank in range(ranks):
+            environment = {**world, "RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}
+            environment = {name: str(value) for name, value in environment.items()}
+            arguments = [str(ROOT / script), list(map(str, flags)), environment, outputs]
+            processes.append(WARM.Process(target=run_rank, args=arguments))
+            processes[-1].start()
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0, deadline - time.monotonic()))
+        if late := [process for process in processes if process.exitcode is None]:
+            for process in late:
+                process.kill()
+            raise subprocess.TimeoutExpired(script, timeout)
+        status = max((process.exitcode for process in processes), key=abs)
+        texts = [path.read_text() for path in outputs]
+    return subprocess.CompletedProcess([script, *flags], status, *texts)
+
+
+def free_port():
+    """Below those that the system gives away by itself, so that nobody takes it meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
+
+
 def start(script, *flags, ranks=2, **options):
-    """Start a script and return its subprocess.Popen; stderr goes into stdout unless options say otherwise."""
+    """Start a script; returns its subprocess.Popen, stderr within stdout unless options differ."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
     return subprocess.Popen(command_line(script, *flags, ranks=ranks), cwd=ROOT, text=True,
                             env={**os.environ, "HF_HUB_OFFLINE": "1"}, **options)
@@ -87,7 +149,7 @@ def read_rows(path):
 
 def wait_for(condition, process=None, seconds=180, said=lambda: ""):
     """
-    Return once condition() is true; fail when the subprocess.Popen ends before, or when the seconds are over.
+    Return once condition() is true; fail when the subprocess.Popen ends before, or after `seconds`.
 
     said: a function that returns what the process has printed, for the failure's message.
     """

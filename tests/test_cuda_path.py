@@ -3,7 +3,6 @@ What a GPU would run, on a machine without one: torch's varlen attention with re
 kernel for the CPU, compiled blocks, the collectives of a step counted, and memory on fake tensors.
 """
 
-import multiprocessing
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from conftest import WARM
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import varlen  # noqa: F401  (defines the op that gets a kernel below)
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -193,7 +193,7 @@ def test_compiled_blocks_are_whole_graphs_and_compiled_a_few_times(
 # ----------------------------------------------------------------------------- collectives
 def in_a_process_of_its_own(function, *arguments):
     """A fake process group would be this process's default group."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, WARM) as process:
         return process.submit(function, *arguments).result()
 
 

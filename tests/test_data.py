@@ -4,13 +4,12 @@ import gzip
 import itertools
 import json
 import random
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import run_script
 from make_demo import demo_rows
 
 import data
@@ -681,7 +680,7 @@ def test_demo_splits_are_disjoint_and_answers_are_right():
 
 
 def show(demo, *flags):
-    return run(sys.executable, ROOT / "data.py", "--model_name_or_path", demo / "base", *flags)
+    return run_script("data.py", "--model_name_or_path", demo / "base", *flags)
 
 
 def test_show_prints_the_mask_in_colour(demo):

@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, tiny_model, torchrun
+from conftest import ROOT, run_script, tiny_model, torchrun
 
 import evaluate
 from evaluate import (
@@ -285,7 +286,7 @@ def test_flags_that_cannot_be(flags, message):
 
 @pytest.mark.parametrize("flag, value, named", [("--num_sample", 3, "--num_sample"), ("--model", "a/b/c", "a/b/c")])
 def test_mistakes_of_users_stop_the_program_in_one_line(flag, value, named):
-    done = run(sys.executable, ROOT / "evaluate.py", flag, value)
+    done = run_script("evaluate.py", flag, value)
     assert done.returncode != 0 and named in done.stderr and "Traceback" not in done.stderr
 
 
@@ -367,7 +368,7 @@ def test_table_comparison_and_plot_without_a_model(tmp_path):
                               for _ in range(4)] for p in range(12)} for low, high in ((50, 100), (10, 40)))
     models = [store(tmp_path / "stored" / "long" / "hash", long), store(tmp_path / "stored" / "short" / "hash", short)]
     plot = tmp_path / "figures" / "curve.png"
-    done = run(sys.executable, ROOT / "evaluate.py", "--benchmark", "toy", "--output_dir", tmp_path / "eval",
+    done = run_script("evaluate.py", "--benchmark", "toy", "--output_dir", tmp_path / "eval",
                "--model", ",".join(map(str, models)), "--num_samples", 4, "--budgets", "100,60,30", "--plot", plot)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "eval" / "table.md").read_text()
@@ -528,7 +529,8 @@ if __name__ == "__main__":
 def test_ranks_wait_for_the_slowest_and_end_with_one_that_fails(setting, tmp_path, fails):
     script = tmp_path / "fake.py"
     script.write_text(FAKE_ENGINE.replace("FAILS", str(fails)))
-    done = torchrun(script, *flags(setting, tmp_path))
+    launch = torchrun if fails else partial(run_script, ranks=2)
+    done = launch(script, *flags(setting, tmp_path))
     if fails:
         assert done.returncode != 0 and "the engine of rank one gave up" in done.stderr
         assert not (tmp_path / "table.md").exists() and len(stored(tmp_path)) == PROBLEMS * SAMPLES // 2 + 3
@@ -542,7 +544,7 @@ def test_ranks_wait_for_the_slowest_and_end_with_one_that_fails(setting, tmp_pat
 @pytest.fixture(scope="module")
 def reference(setting):
     """An evaluation that nothing disturbed: its output folder and what it printed."""
-    done = run(sys.executable, ROOT / "evaluate.py", *flags(setting, setting / "reference"))
+    done = run_script("evaluate.py", *flags(setting, setting / "reference"))
     assert done.returncode == 0, done.stderr
     return setting / "reference", done
 
@@ -577,7 +579,7 @@ def test_evaluation_of_a_model(setting, reference):
 
 
 def test_generating_at_a_smaller_budget_gives_the_same_scores(setting, reference, tmp_path):
-    done = run(sys.executable, ROOT / "evaluate.py", *flags(setting, tmp_path, budgets="6,12"))
+    done = run_script("evaluate.py", *flags(setting, tmp_path, budgets="6,12"))
     assert done.returncode == 0, done.stderr
     full = metrics_of(reference[0])
     assert metrics_of(tmp_path) == {budget: full[budget] for budget in ("6", "12")}
@@ -600,7 +602,7 @@ def test_killed_evaluation_continues_without_repeating_a_sample(setting, referen
     part.write_bytes(b"\n".join([*kept, lines[len(kept)][:20]]))     # the last line torn in the middle
     assert 28 <= len(kept) < PROBLEMS * SAMPLES - 1
 
-    done = run(*command, *flags(setting, tmp_path))
+    done = run_script("evaluate.py", *flags(setting, tmp_path))
     assert done.returncode == 0, done.stderr
     finished = sum(json.loads(line)["finish_reason"] == "stop" for line in kept)
     missing = PROBLEMS * SAMPLES - finished
@@ -613,7 +615,7 @@ def test_killed_evaluation_continues_without_repeating_a_sample(setting, referen
 
 
 def test_two_ranks_share_the_samples(setting, reference, tmp_path):
-    done = torchrun("evaluate.py", *flags(setting, tmp_path))
+    done = run_script("evaluate.py", *flags(setting, tmp_path), ranks=2)
     assert done.returncode == 0, done.stderr
     parts = sorted(samples_of(tmp_path).glob("samples-*.jsonl"))
     assert [part.read_text().count("\n") for part in parts] == [PROBLEMS * SAMPLES // 2] * 2
@@ -623,7 +625,7 @@ def test_two_ranks_share_the_samples(setting, reference, tmp_path):
 
 
 def test_budgets_beyond_the_model_are_refused_before_an_engine_starts(setting, tmp_path):
-    done = run(sys.executable, ROOT / "evaluate.py", *flags(setting, tmp_path, budgets="5000"))
+    done = run_script("evaluate.py", *flags(setting, tmp_path, budgets="5000"))
     assert done.returncode == 1 and "may reach 50" in done.stderr and "2048 positions" in done.stderr
     assert not list(tmp_path.glob("**/engine*"))
 
@@ -631,11 +633,11 @@ def test_budgets_beyond_the_model_are_refused_before_an_engine_starts(setting, t
 def test_finished_evaluation_starts_no_engine_and_scoring_needs_no_model(setting, reference):
     folder, table = samples_of(reference[0]), (reference[0] / "table.md").read_text()
     size = (folder / "engine-0.log").stat().st_size
-    done = run(sys.executable, ROOT / "evaluate.py", *flags(setting, reference[0]))
+    done = run_script("evaluate.py", *flags(setting, reference[0]))
     assert done.returncode == 0 and (reference[0] / "table.md").read_text() == table
 
     again = flags(setting, reference[0], budgets="9,40", model=folder, benchmark="toy")
-    done = run(sys.executable, ROOT / "evaluate.py", *again)
+    done = run_script("evaluate.py", *again)
     assert done.returncode == 0, done.stderr
     assert "| model | 9 | tokens | 40 | tokens |" in done.stdout
     assert (folder / "engine-0.log").stat().st_size == size

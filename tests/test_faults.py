@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import psutil
 import pytest
 import torch
-from conftest import ROOT, run, wait_for
+from conftest import ROOT, free_port, run, run_script, wait_for
 
 from model import (
     RankFailure,
@@ -105,14 +105,6 @@ class Program:
         return [process.wait(timeout) for process in self.processes]
 
 
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 def losses(output):
     path = output / "metrics.jsonl"
     return {row["step"]: row["loss"] for row in read_jsonl(path)} if path.exists() else {}
@@ -135,8 +127,8 @@ def assert_gone(processes, seconds=20):
 def unbroken(tmp_path_factory, demo, rows):
     folder = tmp_path_factory.mktemp("unbroken")
     arguments = flags(demo, rows, folder / "run", gradient_accumulation_steps=2)
-    program = Program(folder, arguments, ranks=1)
-    assert program.end() == [0], program.text[-3000:]
+    done = run_script("train_sft.py", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder / "run"
 
 
@@ -220,7 +212,8 @@ def test_one_run_survives_one_fault_after_the_other(tmp_path, demo, rows, unbrok
     for process in (*program.ranks(1), program.processes[1]):
         process.kill()
     assert program.end()[0] not in (0, None) and time.monotonic() - lost < 60
-    assert re.search("closed by peer|reset by peer|Broken pipe|has lost one", program.text), program.text[-3000:]
+    assert re.search("closed by peer|reset by peer|Broken pipe|has lost one", program.text), (
+        program.text[-3000:])
 
     # The machine that serves torchrun's store loses power: no connection is closed, and the other's
     # reads do not return. Its rank ends after --timeout_minutes.
@@ -241,15 +234,15 @@ def test_one_run_survives_one_fault_after_the_other(tmp_path, demo, rows, unbrok
     assert program.processes[other].wait(60) != 0
 
     # And once more, to the end.
-    program = Program(tmp_path, one_rank, ranks=1)
-    assert program.end() == [0], program.text[-3000:]
+    done = run_script("train_sft.py", *one_rank)
+    assert done.returncode == 0, done.stderr[-3000:]
     ours, theirs = losses(output), losses(unbroken)
     assert sorted(ours) == list(range(1, STEPS + 1)) and ours == pytest.approx(theirs, rel=1e-5)
 
     # Killed between the last checkpoint and `final`: the resumed run writes it and trains nothing.
     shutil.rmtree(output / "final")
-    program = Program(tmp_path, one_rank, ranks=1)
-    assert program.end() == [0] and (output / "final/config.json").is_file()
+    done = run_script("train_sft.py", *one_rank)
+    assert done.returncode == 0 and (output / "final/config.json").is_file()
     assert losses(output) == ours
 
 
@@ -453,8 +446,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, demo, rows, unbroke
         assert checkpoint_steps(disk / "run") == [2]
         subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
         arguments = flags(demo, rows, disk / "run", save_total_limit=1, resume=True)
-        program = Program(tmp_path, arguments)
-        assert program.end() == [0], program.text[-3000:]
+        done = run_script("train_sft.py", *arguments, ranks=2)
+        assert done.returncode == 0, done.stderr[-3000:]
         assert losses(disk / "run") == pytest.approx(losses(unbroken), rel=1e-5)
 
 
@@ -518,7 +511,7 @@ if __name__ == "__main__":
 
 def test_damaged_weights_never_reach_a_sample_and_engines_listen_on_loopback_only(tmp_path, demo):
     (tmp_path / "script.py").write_text(ENGINE_SCRIPT)
-    done = run(sys.executable, tmp_path / "script.py", demo / "base", tmp_path)
+    done = run_script(tmp_path / "script.py", demo / "base", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     said = dict(map(json.loads, done.stdout.strip().splitlines()))
     assert said["none"] == said["none again"] == "accepted"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_config, tiny_model, torchrun
+from conftest import ROOT, tiny_config, tiny_model, run_script
 
 from data import MODEL_INPUTS, Problem, collate, micro_batches
 from model import flops_per_pack, load_config, load_policy, named_weights, setup_distributed
@@ -279,7 +279,7 @@ def test_real_ranks_with_uneven_and_empty_shares_give_the_same_gradient(tmp_path
     script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path / "model"),
                                        out=str(tmp_path / "world")))
     for ranks in (1, 2):
-        done = torchrun(script, ranks=ranks)
+        done = run_script(script, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
     for (loss, gradient), (loss2, gradient2) in zip(torch.load(tmp_path / "world1"), torch.load(tmp_path / "world2"),
                                                     strict=True):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ROOT, run, tiny_config, tiny_model
+from conftest import ROOT, run, run_script, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from test_forward import assert_close, packed_loss, random_rows
 
@@ -222,8 +222,7 @@ def test_two_ranks_equal_one(arch, tie, tmp_path):
         root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path / "model"),
         out=str(tmp_path / "world")))
     for ranks in (1, 2):
-        done = run(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks,
-                   "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", script)
+        done = run_script(script, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (torch.load(tmp_path / f"world{n}.pt") for n in (1, 2))
     assert abs(two["loss"] / one["loss"] - 1) < 1e-5
@@ -268,12 +267,15 @@ run_main(main, Config)
     ("KeyError('a defect')", 1, "Traceback .*KeyError: 'a defect'$"),
     ("RuntimeError('of torch')", 1, "Traceback .*RuntimeError: of torch$"),
     ("torch.OutOfMemoryError('44 GB')", 1, "Traceback .*OutOfMemoryError: 44 GB\nLess memory .*"),
-    ("ValueError('--flag 3: no')", 1, "-c: --flag 3: no"), ("OSError('no disk')", 1, "-c: no disk"),
-    ("FloatingPointError('loss nan')", 1, "-c: loss nan"), ("RankFailure('r')", 1, "-c: r"),
-    ("Stopped('saved')", 143, "-c: saved"), ("KeyboardInterrupt('again')", 130, "-c: again")])
-def test_how_a_run_ends_that_fails(error, status, said):
+    ("ValueError('--flag 3: no')", 1, "run.py: --flag 3: no"),
+    ("OSError('no disk')", 1, "run.py: no disk"),
+    ("FloatingPointError('loss nan')", 1, "run.py: loss nan"),
+    ("RankFailure('r')", 1, "run.py: r"), ("Stopped('saved')", 143, "run.py: saved"),
+    ("KeyboardInterrupt('again')", 130, "run.py: again")])
+def test_how_a_run_ends_that_fails(error, status, said, tmp_path):
     """What a user can mend is one line, anything else a traceback; both after the clean-up."""
-    done = run(sys.executable, "-c", FAILING_RUN.format(error=error))
+    (tmp_path / "run.py").write_text(FAILING_RUN.format(error=error))
+    done = run_script(tmp_path / "run.py")
     assert done.returncode == status and done.stdout == "cleaned up\n", done.stderr
     assert re.fullmatch(said, done.stderr.strip(), re.DOTALL), done.stderr
 

@@ -389,7 +389,7 @@ def test_restart_limit_and_an_engine_that_does_not_read(engine, models, monkeypa
     assert len(list(engine.generate(**many))) == 300
 
 
-def test_silent_start_tied_head_padded_vocabulary_and_stop_strings(demo, tokenizer, tmp_path):
+def test_silent_start_tied_head_and_padded_vocabulary(demo, tokenizer, tmp_path):
     """A second engine, on a tied model with a tokenizer and 15 ids that decode to nothing."""
     tied = [tiny_model(tmp_path / f"tied-{seed}", tie=True, hidden_size=128, seed=seed,
                        vocab_size=352) for seed in range(3)]
@@ -405,7 +405,7 @@ def test_silent_start_tied_head_padded_vocabulary_and_stop_strings(demo, tokeniz
         assert engine.restarts == 1
         assert_gone(stopped)
 
-        # Stop strings stay in the answer; ids beyond the tokenizer never occur.
+        # Ids beyond the tokenizer never occur.
         prompt = tokenizer("3 + 4 = ")["input_ids"]
         sampling = dict(temperature=1.0, top_p=1.0, min_p=0.01)
         ask = dict(n=32, seeds=[list(range(32))], max_tokens=100, **sampling)
@@ -417,14 +417,6 @@ def test_silent_start_tied_head_padded_vocabulary_and_stop_strings(demo, tokeniz
                 tied[0], prompt, c.token_ids, vocab_size=ids, **sampling)
             differences.append((torch.tensor(c.logprobs) - expected).abs())
         assert (torch.cat(differences) > 1e-4).float().mean() < 0.01
-        stop = tokenizer.decode(free[0].token_ids[5:6])
-        (_, cut), = engine.generate([prompt], stop=[stop], **ask)
-        cut = [c for c in cut if stop in tokenizer.decode(c.token_ids)]
-        assert cut
-        for c in cut:
-            assert c.finish_reason == "stop" and len(c.token_ids) == len(c.logprobs)
-            assert stop not in tokenizer.decode(c.token_ids[:-1])
-            assert c.token_ids == free[c.sample_index].token_ids[:len(c.token_ids)]
 
         # One matrix is embedding and head: both are renewed, and again by the next reload.
         for version in (1, 2):
@@ -601,7 +593,7 @@ def test_engine_layout():
 
 
 def test_the_graded_text_is_what_was_sampled_but_for_the_stop_token(tokenizer):
-    """</think> is a special token of some tokenizers: a text without it would never earn a format reward."""
+    """</think> is a special token of some tokenizers; a text without it earns no format reward."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["</think>"]})
     answer = "7+1=8\n</think>\nSo \\boxed{8}."
@@ -610,5 +602,3 @@ def test_the_graded_text_is_what_was_sampled_but_for_the_stop_token(tokenizer):
     stopped = Completion(0, 0, [*ids, tokenizer.eos_token_id], [], "stop", 0)
     assert completion_text(tokenizer, stopped) == answer
     assert completion_text(tokenizer, Completion(0, 0, ids, [], "length", 0)) == answer
-    at_a_string = Completion(0, 0, ids[:-1], [], "stop", 0)  # a stop string is part of the answer
-    assert completion_text(tokenizer, at_a_string, stop_strings=True) == tokenizer.decode(ids[:-1])

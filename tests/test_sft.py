@@ -1,27 +1,27 @@
-"""train_sft.py by its command line, under real torchrun: it learns, survives kill -9, refuses nonsense in one line."""
+"""train_sft.py by its command line: it learns, survives kill -9, refuses nonsense in one line."""
 
 import json
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import psutil
 import pytest
 import torch
 import transformers
-from conftest import ROOT, read_rows, run, start, torchrun, wait_for
+from conftest import read_rows, run_script, start, torchrun, wait_for
 
 import train_sft
 
 
 def flags(demo, output, **options):
-    options = {"model_name_or_path": demo / "base", "dataset": demo / "train.jsonl", "system_prompt": "none",
-               "chat_template": "tokenizer", "output_dir": output, "max_length": 1024, "gradient_accumulation_steps": 1,
-               "learning_rate": "1e-3", "activation_checkpointing": "none", "cache_dir": demo / "cache",
-               **options}
+    options = {
+        "model_name_or_path": demo / "base", "dataset": demo / "train.jsonl",
+        "system_prompt": "none", "chat_template": "tokenizer", "output_dir": output,
+        "max_length": 1024, "gradient_accumulation_steps": 1, "learning_rate": "1e-3",
+        "activation_checkpointing": "none", "cache_dir": demo / "cache", **options}
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
 
@@ -44,8 +44,9 @@ def short_data(tmp_path_factory, demo):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, demo, short_data):
     output = tmp_path_factory.mktemp("runs") / "unbroken"
-    done = torchrun("train_sft.py", *flags(demo, output, dataset=short_data, max_steps=10, lr_horizon=12,
-                                           warmup_ratio=0.2))
+    done = run_script(
+        "train_sft.py", *flags(demo, output, dataset=short_data, max_steps=10, lr_horizon=12,
+                               warmup_ratio=0.2), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return output
 
@@ -59,59 +60,69 @@ def test_sft_loss_is_a_sum_over_one_count():
 
 def test_killed_and_resumed_equals_unbroken(tmp_path, demo, short_data, unbroken):
     output = tmp_path / "run"
-    arguments = flags(demo, output, dataset=short_data, max_steps=10, lr_horizon=12, warmup_ratio=0.2, save_steps=5)
-    process = start("train_sft.py", *arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = flags(demo, output, dataset=short_data, max_steps=10, lr_horizon=12,
+                      warmup_ratio=0.2, save_steps=5)
+    process = start("train_sft.py", *arguments, stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (output / "checkpoints/step-000005").is_dir():  # kill -9 at whatever moment follows the checkpoint
+    # kill -9 at whatever moment follows the checkpoint
+    while not (output / "checkpoints/step-000005").is_dir():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.001)
     for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
         victim.kill()
     process.wait()
     assert not (output / "final").exists()
-    (output / "checkpoints/step-000010.tmp").mkdir(exist_ok=True)  # what a kill in the middle of a save leaves
-    refused = torchrun("train_sft.py", *arguments)
+    # what a kill in the middle of a save leaves
+    (output / "checkpoints/step-000010.tmp").mkdir(exist_ok=True)
+    refused = run_script("train_sft.py", *arguments)
     assert refused.returncode != 0 and "add --resume" in refused.stderr
     resumed = torchrun("train_sft.py", *arguments, "--resume", "True")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert losses(output) == losses(unbroken) and sorted(losses(output)) == list(range(1, 11))
     ours, theirs = weights(output), weights(unbroken)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    again = torchrun("train_sft.py", *arguments, "--resume", "True")
+    again = run_script("train_sft.py", *arguments, "--resume", "True", ranks=2)
     assert again.returncode != 0 and "nothing to do" in again.stderr
 
 
-def test_a_resume_refuses_other_data_and_weights_and_says_which_flags_changed(tmp_path, demo, short_data, unbroken):
-    base = {"max_steps": 12, "lr_horizon": 12, "warmup_ratio": 0.2, "resume": "True"}
+def test_a_resume_refuses_other_data_and_weights_and_says_which_flags_changed(
+        tmp_path, demo, short_data, unbroken):
+    def resume(**options):
+        options = {"dataset": short_data, "max_steps": 12, "lr_horizon": 12, "warmup_ratio": 0.2,
+                   "resume": "True", **options}
+        return run_script("train_sft.py", *flags(demo, unbroken, **options))
+
     other = tmp_path / "other.jsonl"
     other.write_text(short_data.read_text().replace("double", "triple"))
-    changed = torchrun("train_sft.py", *flags(demo, unbroken, dataset=other, **base), ranks=1)
-    assert changed.returncode == 1 and "data" in changed.stderr and "Traceback" not in changed.stderr
+    changed = resume(dataset=other)
+    assert changed.returncode == 1 and "data" in changed.stderr
+    assert "Traceback" not in changed.stderr
     model = tmp_path / "model"  # the same folder name says nothing: what counts is what is in it
     shutil.copytree(demo / "base", model)
     template = model / "chat_template.jinja"
     template.write_text(template.read_text() + "{# other #}")
-    moved = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, model_name_or_path=model, **base),
-                     ranks=1)
+    moved = resume(model_name_or_path=model)
     assert moved.returncode == 1 and "model" in moved.stderr and "Traceback" not in moved.stderr
     jinja = tmp_path / "other.jinja"
     jinja.write_text(template.read_text())
-    written = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, **base, chat_template=jinja), ranks=1)
+    written = resume(chat_template=jinja)
     assert written.returncode == 1 and "chat template: " in written.stderr
-    batch = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, **base,
-                                            gradient_accumulation_steps=5), ranks=1)
+    batch = resume(gradient_accumulation_steps=5)
     assert batch.returncode == 1 and "packs per step" in batch.stderr
-    fewer_ranks = torchrun("train_sft.py", *flags(demo, unbroken, dataset=short_data, **base, max_grad_norm=2,
-                                                  gradient_accumulation_steps=2), ranks=1)
-    assert fewer_ranks.returncode == 0, fewer_ranks.stderr  # DCP reshards; two more steps on one rank
+    fewer_ranks = resume(gradient_accumulation_steps=2, max_grad_norm=2)
+    # DCP reshards; two more steps on one rank
+    assert fewer_ranks.returncode == 0, fewer_ranks.stderr
     assert "max_grad_norm" in fewer_ranks.stdout + fewer_ranks.stderr
     assert sorted(losses(unbroken))[-1] == 12
 
 
 def test_sigterm_saves_and_exits(tmp_path, demo):
     output = tmp_path / "run"
-    process = start("train_sft.py", *flags(demo, output, max_steps=500), ranks=1, stderr=subprocess.PIPE)
-    wait_for(lambda: (output / "metrics.jsonl").exists() and (output / "metrics.jsonl").read_text(), process)
+    process = start("train_sft.py", *flags(demo, output, max_steps=500), ranks=1,
+                    stderr=subprocess.PIPE)
+    rows = output / "metrics.jsonl"
+    wait_for(lambda: rows.exists() and rows.read_text(), process)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     last = max(losses(output))
@@ -128,15 +139,17 @@ def test_gsm8k_like_rows_train_and_the_loss_falls(tmp_path, demo):
                      "answer": f"{a}+{b}={a + b}.\n#### {a + b}"})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:20]))
-    done = torchrun("train_sft.py", *flags(
-        demo, tmp_path / "run", dataset=tmp_path / "rows.jsonl", eval_dataset=tmp_path / "held_out.jsonl",
-        eval_steps=10, max_steps=30, problem_column="question", generation_column="answer",
-        activation_checkpointing="full", chat_template="open_r1_roles"))
+    done = run_script("train_sft.py", *flags(
+        demo, tmp_path / "run", dataset=tmp_path / "rows.jsonl",
+        eval_dataset=tmp_path / "held_out.jsonl", eval_steps=10, max_steps=30,
+        problem_column="question", generation_column="answer",
+        activation_checkpointing="full", chat_template="open_r1_roles"), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = read_rows(tmp_path / "run/metrics.jsonl")
     assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]
     assert metrics[29]["eval/loss"] < metrics[9]["eval/loss"] and "eval/loss" not in metrics[8]
-    assert {"lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "peak_memory_gb", "time/step"} <= set(metrics[0])
+    assert {"lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "peak_memory_gb",
+            "time/step"} <= set(metrics[0])
     assert "300 of 300 rows kept" in done.stdout and "steps per epoch" in done.stdout
     facts = json.loads((tmp_path / "run/config.json").read_text())
     assert facts["world_size"] == 2 and facts["max_length"] == 1024 and "torch" in facts["versions"]
@@ -146,8 +159,9 @@ def test_gsm8k_like_rows_train_and_the_loss_falls(tmp_path, demo):
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, demo, short_data):
     # a learning rate that makes fp32 overflow after the first step
-    done = torchrun("train_sft.py", *flags(demo, tmp_path / "run", dataset=short_data, max_steps=10,
-                                           learning_rate="1e30", max_grad_norm=0, save_steps=1), ranks=1)
+    done = run_script("train_sft.py", *flags(
+        demo, tmp_path / "run", dataset=short_data, max_steps=10, learning_rate="1e30",
+        max_grad_norm=0, save_steps=1))
     assert done.returncode == 1
     assert "; rows [" in done.stderr
     assert "last checkpoint: " in done.stderr and "step-000001" in done.stderr
@@ -172,9 +186,10 @@ WRONG = {
 def test_wrong_input_is_one_clear_line(flag, tmp_path, demo, short_data):
     value, message = WRONG[flag]
     arguments = flags(demo, tmp_path / "run", dataset=short_data, max_steps=2) + [flag, value]
-    done = run(sys.executable, ROOT / "train_sft.py", *arguments)
+    done = run_script("train_sft.py", *arguments)
     lines = [line for line in done.stderr.splitlines() if "train_sft.py: " in line]
-    assert done.returncode in (1, 2) and len(lines) == 1 and message in lines[0], done.stderr[-2000:]
+    assert done.returncode in (1, 2), done.stderr[-2000:]
+    assert len(lines) == 1 and message in lines[0], done.stderr[-2000:]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "final").exists()
 
@@ -182,11 +197,13 @@ def test_wrong_input_is_one_clear_line(flag, tmp_path, demo, short_data):
 def test_empty_data_and_corrupt_weights(tmp_path, demo):
     (tmp_path / "empty.jsonl").write_text("")
     done = torchrun("train_sft.py", *flags(demo, tmp_path / "a", dataset=tmp_path / "empty.jsonl"))
-    assert done.returncode != 0 and done.stderr.count("no row can be used") == 1, done.stderr[-2000:]
+    assert done.returncode != 0
+    assert done.stderr.count("no row can be used") == 1, done.stderr[-2000:]
     broken = tmp_path / "model"
     subprocess.run(["cp", "-r", demo / "base", broken], check=True)
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:5000])
-    done = torchrun("train_sft.py", *flags(demo, tmp_path / "b", model_name_or_path=broken, max_steps=2))
+    done = run_script("train_sft.py", *flags(demo, tmp_path / "b", model_name_or_path=broken,
+                                             max_steps=2), ranks=2)
     assert done.returncode != 0 and "is corrupt or was cut short" in done.stderr
     assert "Traceback (most recent call last):\n  File \"/work" not in done.stderr
     assert not (tmp_path / "b" / "final").exists()
