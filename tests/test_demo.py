@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 def test_the_miniature_recipe(tmp_path):
     output = tmp_path / "demo"
     done = run("bash", ROOT / "recipes/demo.sh", "--seed", 7, "--output", output,
-               "--sft_steps", 300, "--grpo_steps", 4, "--eval_problems", 50, "--eval_samples", 2,
+               "--sft_steps", 500, "--grpo_steps", 4, "--eval_problems", 50, "--eval_samples", 2,
                timeout=1500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "setup: installing" not in done.stdout  # nothing changed since the suite's own set-up
@@ -24,12 +24,13 @@ def test_the_miniature_recipe(tmp_path):
     rows = {line.split(" | ")[0][2:]: line for line in table[start:start + 3]}
     assert list(rows) == ["base", "SFT", "SFT + GRPO"]
     assert all(line.count("|") == header.count("|") for line in rows.values())
-    # At the largest budget. 300 of the recipe's 1,000 steps teach to box a digit, which is right by
-    # chance in 10% of the answers; accuracy rises later. The README has what the recipe reaches.
+    # At the largest budget. Chance is 10% of the digits. After 500 of the recipe's 1,000 steps
+    # accuracy rises steeply, so that another processor's rounding moves it: 32 and 34% here. The
+    # README has what the whole recipe reaches.
     accuracy = {name: float(line.split(" | ")[-2].split()[0]) for name, line in rows.items()}
-    assert accuracy["base"] < 2 and min(accuracy["SFT"], accuracy["SFT + GRPO"]) > 3
+    assert accuracy["base"] < 5 and min(accuracy["SFT"], accuracy["SFT + GRPO"]) > 18
     losses = [step["loss"] for step in read_rows(output / "sft/metrics.jsonl")]
-    assert len(losses) == 300 and losses[-1] < 0.2 * losses[0]
+    assert len(losses) == 500 and losses[-1] < 0.2 * losses[0]
     assert json.loads((output / "eval/SFT/metrics-test.json").read_text())
     assert (output / "eval/budgets.png").stat().st_size > 10_000
     assert (output / "grpo/report.html").stat().st_size > 10_000
