@@ -37,10 +37,19 @@ def start(*command, **environment):
     subprocess.run(list(map(str, command)), cwd=report.ROOT, env=environment, check=True)
 
 
-def program(script, **flags):
-    """One of the repository's programs, in one process."""
+BF16_PRODUCTS = ("import runpy, sys, torch; torch.set_float32_matmul_precision('medium'); "
+                 "sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')")
+
+
+def program(script, *, bf16_products=False, **flags):
+    """
+    One of the repository's programs, in one process.
+
+    bf16_products: matrix products round fp32 inputs to bf16 and add up in fp32, as TF32 does on a
+    GPU. Not for GRPO: the sampler's products are fp32, and the gap guard would notice.
+    """
     arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
-    start(sys.executable, script, *arguments)
+    start(sys.executable, *(["-c", BF16_PRODUCTS] if bf16_products else []), script, *arguments)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,7 +99,7 @@ def build(args):
 
 def sft(args):
     program(
-        "train_sft.py", model_name_or_path=args.output / "base",
+        "train_sft.py", bf16_products=True, model_name_or_path=args.output / "base",
         dataset=args.output / "sft.jsonl", output_dir=args.output / "sft",
         system_prompt=PROMPT, chat_template="tokenizer", max_length=1024,
         gradient_accumulation_steps=2, max_steps=args.sft_steps,
