@@ -369,7 +369,7 @@ def main(cfg):
             # ====================================================== 8. log, evaluate, save
             metrics = {"step": step, "epoch": cursor / len(problems), "loss": sums["loss"],
                        "lr": learning_rate, "grad_norm": grad_norm,
-                       "sync/seconds": times["time/sync"], "sync/logprob_gap": synced["gap"],
+                       "sync/logprob_gap": synced["gap"],
                        "dynamic_sampling/replaced": cursor - first_cursor - len(groups)}
             metrics |= rollout_metrics(groups, lengths, rewards)
             metrics |= {name: total / max(1, sums["tokens"]) for name, total in sums.items()
