@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper in miniature, on two CPU cores: about 5 minutes after installation.
+# The paper in miniature, on two CPU cores: about 7 minutes after installation.
 #
 #   bash recipes/demo.sh [--seed N] [--output DIR] [--sft_steps N] [--grpo_steps N]
 #                        [--eval_problems N] [--eval_samples N]
