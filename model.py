@@ -178,7 +178,7 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, chunk_size=2048):
 
     hidden (T, h); weight (V, h); targets (T,) int64. Returns logprobs (T,), entropy (T,), both at
     least fp32; entropy carries no gradient. temperature divides the logits, as the sampler does:
-    without it the ratio of a policy sampled at T != 1 does not start at 1.
+    without it pi_old and what was sampled from, q, are different distributions.
     """
     return ChunkedLogprobs.apply(hidden, weight, targets, temperature, chunk_size)
 
@@ -898,7 +898,7 @@ def load_checkpoint(model, optimizer, scheduler, ctx, folder):
     Restore model, optimizer and schedule; returns trainer.json as a dict. Collective.
 
     Another world size works: DCP reshards. There is no random state to restore: data order and
-    sampling seeds are functions of (seed, epoch) and (seed, step, place, sample).
+    sampling seeds are functions of (seed, epoch) and (seed, place, sample).
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict

@@ -185,7 +185,7 @@ def grpo_loss(logprobs, batch, denominator, cfg):
     their names are metrics once they are divided by "tokens".
     """
     mask, advantages = batch["mask"], batch["advantages"]
-    inside = (mask > 0).to(logprobs.dtype)  # (T,) 0 or 1, where mask is m_i, such as 1/|y_i|
+    inside = (mask > 0).to(logprobs.dtype)  # (T,) 1 on trained tokens; mask has m_i: 1/|y_i| ...
     log_ratio = (logprobs - batch["old_logprobs"]) * inside  # log pi(y_t) / pi_old(y_t)
     if cfg.importance_sampling_level == "sequence":
         # GSPO (arXiv 2507.18071, eq. 7): one ratio per answer, the geometric mean over its tokens.
@@ -291,7 +291,7 @@ def main(cfg):
         step, cursor = state["step"], state["cursor"]
         check_unfinished(run.checkpoint, step, total_steps)
     log = RunLog(ctx, output_dir, asdict(cfg), total_steps, step, cfg.report_to)
-    sample = partial(sample_groups, engine, layout, ctx, tokenizer)  # (cfg, problems, places)
+    sample = partial(sample_groups, engine, layout, ctx, tokenizer)  # -> [Group]
 
     with (clean_sync_folder(cfg.sync_dir, output_dir, ctx) as sync_folder,
           stop_on_signal(ctx) as stop_requested):
@@ -313,7 +313,7 @@ def main(cfg):
             # ====================================================== 4. advantages
             rewards = torch.tensor([g.scored.totals for g in groups], dtype=torch.float64)  # (P, G)
             advantages = group_advantages(rewards, cfg.scale_rewards).flatten()  # (B,)
-            lengths = [n for g in groups for n in g.scored.lengths]  # B of them
+            lengths = [len(c.token_ids) for g in groups for c in g.completions]  # B of them
             has_loss = ~rewards.isnan().flatten()  # (B,)
             if cfg.mask_truncated_completions:
                 has_loss &= torch.tensor(
@@ -339,7 +339,7 @@ def main(cfg):
             # ====================================================== 6. update
             with timed(times, "update"):
                 for _ in range(cfg.num_iterations):
-                    sums = Counter()  # of this pass over the batch; the last pass is logged
+                    sums = Counter()  # of one pass over all micro-batches; the last is logged
                     for batch in batches:
                         logprobs, entropy = policy_logprobs(model, batch, cfg, vocab)  # (T,), (T,)
                         # In the first pass the policy is the one that sampled: its log-probs are
@@ -599,7 +599,7 @@ schedule ends at step {cfg.lr_horizon}
 lengths    prompt <= {cfg.max_prompt_length:,}, answer <= {cfg.max_completion_length:,}; \
 micro-batches of {max_tokens:,} tokens
 sampling   temperature {cfg.temperature}, top_p {cfg.top_p}, min_p {cfg.min_p}; \
-sampler against trainer: weights up to {cfg.rollout_is_cap} (0: not corrected)
+importance weights capped at {cfg.rollout_is_cap} (0: none)
 padding    {padding} ids beyond the tokenizer's: never sampled
 rewards    {cfg.reward_funcs} (weights {cfg.reward_weights or 'all 1'})
 engines    {layout.count} x {cfg.tensor_parallel_size} rank(s); weights through {cfg.sync_dir}
@@ -700,7 +700,7 @@ def evaluate(sample, problems, cfg):
     eval_cfg = replace(cfg, num_generations=cfg.eval_num_samples, seed=cfg.seed + 1)
     groups = sample(eval_cfg, problems, range(len(problems)))
     correct = [right is True for g in groups for right in g.scored.correct]
-    lengths = [n for g in groups for n in g.scored.lengths]
+    lengths = [len(c.token_ids) for g in groups for c in g.completions]
     truncated = [c.finish_reason == "length" for g in groups for c in g.completions]
     return {"eval/pass@1": float(np.mean(correct)), "eval/mean_length": float(np.mean(lengths)),
             "eval/truncated": float(np.mean(truncated))}
