@@ -599,7 +599,7 @@ schedule ends at step {cfg.lr_horizon}
 lengths    prompt <= {cfg.max_prompt_length:,}, answer <= {cfg.max_completion_length:,}; \
 micro-batches of {max_tokens:,} tokens
 sampling   temperature {cfg.temperature}, top_p {cfg.top_p}, min_p {cfg.min_p}; \
-importance weights capped at {cfg.rollout_is_cap} (0: none)
+importance weights up to {cfg.rollout_is_cap} (0: not corrected)
 padding    {padding} ids beyond the tokenizer's: never sampled
 rewards    {cfg.reward_funcs} (weights {cfg.reward_weights or 'all 1'})
 engines    {layout.count} x {cfg.tensor_parallel_size} rank(s); weights through {cfg.sync_dir}
