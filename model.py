@@ -1227,7 +1227,7 @@ def check_common_flags(cfg):
                  "report_to": ("none", "tensorboard", "wandb", "trackio")},
         above_0=("learning_rate", "num_train_epochs", "eval_steps", "timeout_minutes"),
         not_negative=("max_grad_norm", "weight_decay", "save_steps", "save_total_limit",
-                      "shard_size"),
+                      "shard_size", "ranks"),
         shares=("warmup_ratio", "min_lr_rate", "adam_beta2"))
     if cfg.ranks and not cfg.dry_run:
         raise ValueError(f"--ranks {cfg.ranks} is for a --dry_run; torchrun starts the ranks")

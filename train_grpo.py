@@ -1,7 +1,7 @@
 """
 Stage 2: GRPO, shorter answers at the same accuracy (Fast-Math-R1, arXiv 2507.08267).
 
-    torchrun --nproc_per_node 8 train_grpo.py       the published recipe, from runs/sft/final
+    torchrun --nproc_per_node 8 train_grpo.py --tensor_parallel_size 4      the published recipe
     torchrun --nproc_per_node 2 train_grpo.py --model_name_or_path DIR --dataset FILE ...
 
 One step, in the order of the code in main:
@@ -74,7 +74,7 @@ class GRPOConfig(RewardOptions):  # the reward flags and their defaults are in r
     model_name_or_path: str = flag("runs/sft/final", "Start and KL reference: folder or hub id.")
     dataset: str = flag("RabotniKuma/Fast-Math-R1-GRPO", "Hub id[:split], file or folder.")
     problem_column: str = flag("problem", "Column of the question.")
-    answer_column: str = flag("answer", "Column of the gold answer.")
+    answer_column: str = flag("answer", "Column of the gold answer; of a list, the first.")
     output_dir: str = flag("runs/grpo", "Config, metrics, checkpoints, rollouts, final.")
     resume: bool = flag(False, "Continue from output_dir's newest intact checkpoint.")
     # Prompts and sampling
@@ -84,7 +84,7 @@ class GRPOConfig(RewardOptions):  # the reward flags and their defaults are in r
     num_generations: int = flag(8, "G: answers per problem.")
     max_prompt_length: int = flag(512, "Longer prompts are dropped at load time and counted.")
     temperature: float = flag(1.0, "Of sampling; the trainer divides its logits by it alike.")
-    top_p: float = flag(0.9, "Nucleus sampling; below 1 see rollout_is_cap.")
+    top_p: float = flag(0.9, "Nucleus sampling; below 1 see --rollout_is_cap.")
     min_p: float = flag(0.05, "Drop tokens below this share of the likeliest one's probability.")
     dynamic_sampling_rounds: int = flag(0, "Rounds of replacing groups of equal rewards.")
     # Objective
@@ -93,7 +93,7 @@ class GRPOConfig(RewardOptions):  # the reward flags and their defaults are in r
     beta: float = flag(0.04, "Weight of the KL term; 0: no reference model is loaded.")
     epsilon: float = flag(0.2, "Clip of the ratio from below.")
     epsilon_high: float = flag(0.2, "Clip of the ratio from above (DAPO: 0.28).")
-    num_iterations: int = flag(1, "Optimizer steps per batch of rollouts.")
+    num_iterations: int = flag(1, "Updates per step, all from the same answers.")
     importance_sampling_level: str = flag("token", "token, or sequence (GSPO).")
     rollout_is_cap: float = flag(2.0, "Cap of the importance weight pi_old / q; 0: off.")
     mask_truncated_completions: bool = flag(False, "Leave answers cut for length out of the loss.")
@@ -182,7 +182,7 @@ def grpo_loss(logprobs, batch, denominator, cfg):
     logprobs (T,) of the policy, with gradient. batch: mask, advantages, rollout_logprobs,
     old_logprobs, position_ids and, if cfg.beta, ref_logprobs, all (T,), left unmodified. Returns
     (loss, sums): a scalar, and floats added up over the tokens inside the mask; those with a "/" in
-    their names are metrics once they are divided by "tokens".
+    their names are metrics once they are divided by "trained_tokens".
     """
     mask, advantages = batch["mask"], batch["advantages"]
     inside = (mask > 0).to(logprobs.dtype)  # (T,) 1 on trained tokens; mask has m_i: 1/|y_i| ...
@@ -207,7 +207,7 @@ def grpo_loss(logprobs, batch, denominator, cfg):
         surrogate = surrogate * rollout_weight.clamp(max=cfg.rollout_is_cap)
     token_loss = -surrogate
 
-    logged = {"tokens": inside, "update/ratio": ratio,
+    logged = {"trained_tokens": inside, "update/ratio": ratio,
               "update/clip_low": (ratio < 1 - cfg.epsilon) & (advantages < 0),
               "update/clip_high": (ratio > 1 + cfg.epsilon_high) & (advantages > 0)}
     if cfg.beta:
@@ -229,7 +229,7 @@ def diagnostics(batch, cfg):
     """Sums over the trained tokens, as in grpo_loss: entropy, and log q against log pi_old."""
     inside = batch["mask"] > 0
     gap = (batch["old_logprobs"] - batch["rollout_logprobs"])[inside]
-    # Cutting off the tail raises q, which explains a gap below 0; nothing explains one above.
+    # Cutting off the tail raises q, which explains a gap below 0: only one above is an error.
     gap = gap.clamp(min=0) if cfg.top_p < 1 or cfg.min_p > 0 else gap.abs()
     return {"rollout/logprob_gap": float(gap.sum()),
             "rollout/off_by_10_percent": float((gap > math.log(1.1)).sum()),
@@ -242,8 +242,9 @@ def diagnostics(batch, cfg):
 def main(cfg):
     check_config(cfg)
     ctx = setup_distributed(cfg.timeout_minutes, cfg.shard_size, needs_gpu=not cfg.dry_run)
-    layout = engine_layout(ctx.rank, ctx.local_rank, ctx.world_size, ctx.local_world_size,
-                           cfg.tensor_parallel_size)
+    ranks = cfg.ranks or ctx.world_size
+    per_machine = min(cfg.ranks, 8) or ctx.local_world_size  # a plan's machines have 8 GPUs
+    layout = engine_layout(ctx.rank, ctx.local_rank, ranks, per_machine, cfg.tensor_parallel_size)
     output_dir = Path(cfg.output_dir)
 
     # --------------------------------------------------------------------------- problems and plan
@@ -269,7 +270,7 @@ def main(cfg):
     if cfg.dry_run:
         if ctx.is_main:
             awake = 0.0 if cfg.vllm_sleep else cfg.gpu_memory_utilization
-            print_memory(cfg, model_config, cfg.ranks or ctx.world_size, max_tokens, awake,
+            print_memory(cfg, model_config, ranks, max_tokens, awake,
                          reference=cfg.beta > 0, temperature=cfg.temperature)
         return
 
@@ -306,9 +307,10 @@ def main(cfg):
             first_cursor = cursor
             with timed(times, "rollout"):
                 groups, cursor = collect_groups(sample, problems, cursor, cfg)
-            with raise_on_all_ranks(ctx, "putting the engines to sleep"):
-                if engine is not None:
-                    engine.sleep()  # with --vllm_sleep only
+            if cfg.vllm_sleep:
+                with raise_on_all_ranks(ctx, "putting the engines to sleep"):
+                    if engine is not None:
+                        engine.sleep()
 
             # ====================================================== 4. advantages
             rewards = torch.tensor([g.scored.totals for g in groups], dtype=torch.float64)  # (P, G)
@@ -372,8 +374,8 @@ def main(cfg):
                        "sync/logprob_gap": synced["gap"],
                        "dynamic_sampling/replaced": cursor - first_cursor - len(groups)}
             metrics |= rollout_metrics(groups, lengths, rewards)
-            metrics |= {name: total / max(1, sums["tokens"]) for name, total in sums.items()
-                        if "/" in name}  # means over the trained tokens
+            trained = max(1, sums["trained_tokens"])
+            metrics |= {name: total / trained for name, total in sums.items() if "/" in name}
             times["time/step"] = time.perf_counter() - started
             flops = sum(costs) * cfg.num_iterations / ctx.world_size
             metrics |= cost_metrics(times, lengths, flops, engine, ctx)
@@ -381,9 +383,9 @@ def main(cfg):
                 with timed(times, "eval"):
                     metrics |= evaluate(sample, held_out.problems, cfg)
             metrics |= times
-            tokens = answer_tokens(ctx, batches, row_numbers, lengths)
+            per_token = per_token_values(ctx, batches, row_numbers, lengths)
             if ctx.is_main:
-                write_rollouts(output_dir, step, groups, advantages, answer_weights, tokens)
+                write_rollouts(output_dir, step, groups, advantages, answer_weights, per_token)
             log.write(metrics, log_line(metrics, times, total_steps, any(answer_weights)))
             steps_off = check_step(metrics, steps_off, probe["tolerance"], ctx)
             stopping = stop_requested()
@@ -545,7 +547,7 @@ def check_config(cfg):
                  "num_iterations", "tensor_parallel_size", "temperature", "eval_num_samples",
                  "max_num_seqs", "gpu_memory_utilization", "request_timeout"),
         not_negative=("beta", "epsilon", "epsilon_high", "rollout_is_cap", "probe_tolerance",
-                      "dynamic_sampling_rounds", "max_tokens_per_microbatch", "ranks"),
+                      "dynamic_sampling_rounds", "max_tokens_per_microbatch"),
         shares=("top_p", "min_p", "gpu_memory_utilization"))
     if cfg.num_generations < 2:
         raise ValueError(f"--num_generations {cfg.num_generations}: an advantage compares answers "
@@ -706,7 +708,7 @@ def evaluate(sample, problems, cfg):
             "eval/truncated": float(np.mean(truncated))}
 
 
-def answer_tokens(ctx, batches, row_numbers, lengths):
+def per_token_values(ctx, batches, row_numbers, lengths):
     """
     {row number: {"logprobs", "entropy"}} of all B answers, one value per token. Collective.
 
@@ -720,16 +722,16 @@ def answer_tokens(ctx, batches, row_numbers, lengths):
             span = slice(end - 1 - lengths[number], end - 1)  # position t predicts token t + 1
             found[number] = {"logprobs": batch["old_logprobs"][span].tolist(),
                              "entropy": batch["entropy"][span].tolist()}
-    return {i: tokens for part in gather_objects(ctx, found) for i, tokens in part.items()}
+    return {i: values for part in gather_objects(ctx, found) for i, values in part.items()}
 
 
-def write_rollouts(output_dir, step, groups, advantages, answer_weights, tokens):
+def write_rollouts(output_dir, step, groups, advantages, answer_weights, per_token):
     """rollouts/step-NNNNNN.jsonl: one object per completion, what report.py and regrade.py read."""
     lines = []
     answers = [(p, s) for p, group in enumerate(groups) for s in range(len(group.texts))]
     for i, (p, s) in enumerate(answers):
         problem, completion, scored = groups[p].problem, groups[p].completions[s], groups[p].scored
-        per_token = {"rollout_logprobs": completion.logprobs, **tokens[i]}
+        arrays = {"rollout_logprobs": completion.logprobs, **per_token[i]}
         lines.append(json.dumps({
             "step": step, "row": problem.row, "prompt_index": p, "sample_index": s,
             "problem": problem.problem, "answer": problem.answers[0], "text": groups[p].texts[s],
@@ -739,7 +741,7 @@ def write_rollouts(output_dir, step, groups, advantages, answer_weights, tokens)
             "reward": scored.totals[s], "advantage": float(advantages[i]),
             "weight": answer_weights[i], "version": completion.version,
             "token_ids": completion.token_ids,
-            **{name: [round(x, 4) for x in values] for name, values in per_token.items()}}))
+            **{name: [round(x, 4) for x in values] for name, values in arrays.items()}}))
     path = output_dir / "rollouts" / f"step-{step:06d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "\n".join(lines) + "\n")

@@ -89,7 +89,7 @@ class SFTConfig:
 def check_config(cfg):
     """Refuse impossible values before anything starts. Raises ValueError: flag, value, remedy."""
     check_common_flags(cfg)
-    check_flags(cfg, choices={"loss_on": ("assistant", "all")}, not_negative=("ranks",),
+    check_flags(cfg, choices={"loss_on": ("assistant", "all")},
                 above_0=("max_length", "gradient_accumulation_steps"))
 
 

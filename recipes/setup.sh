@@ -39,15 +39,15 @@ check_compiler() {  # triton compiles its launchers for this Python on the GPU m
 }
 
 setup_environment() {
-  local python requirements=requirements-cpu.txt stamp
+  local python requirements=requirements-cpu.txt size="3 GB" stamp
   python=$(find_python) || return 1
   if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
-    requirements=requirements.txt
+    requirements=requirements.txt size="10 GB"
     check_compiler "$python" || return 1
   fi
   stamp=$(cat "$ROOT/$requirements" "$ROOT/recipes/setup.sh" <("$python" -VV) | sha256sum | cut -d' ' -f1)
   if [ "$(cat "$ROOT/.venv/stamp" 2>/dev/null)" != "$stamp" ]; then
-    echo "setup: installing $requirements into .venv with $("$python" -V) (about 3 minutes, 3 GB; only when something changed)"
+    echo "setup: installing $requirements into .venv with $("$python" -V) (about 3 minutes, $size; only when something changed)"
     rm -rf "$ROOT/.venv"
     "$python" -m venv "$ROOT/.venv" || return 1
     local pip=("$ROOT/.venv/bin/python" -m pip --disable-pip-version-check)

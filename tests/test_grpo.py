@@ -221,8 +221,10 @@ def test_impossible_numbers_are_refused_by_name(flag, value):
 
 def test_dry_run_prints_the_plan(tmp_path, demo):
     arguments = flags(demo, tmp_path / "run", num_prompts_per_step=16, num_generations=8)
-    done = run_script("train_grpo.py", *arguments, "--dry_run", "True")
+    plan = "--dry_run", "True", "--ranks", "8", "--tensor_parallel_size", "4"
+    done = run_script("train_grpo.py", *arguments, *plan)
     assert done.returncode == 0 and "16 prompts x 8 answers = 128" in done.stdout
+    assert "engines    2 x 4 rank(s)" in done.stdout, done.stdout
     assert not (tmp_path / "run").exists()
     assert re.search(r"\nmemory +peak \d+\.\d GB per rank", done.stdout), done.stdout
     assert re.search(r"\npadding +\d+ ids beyond the tokenizer's: never sampled", done.stdout)

@@ -142,7 +142,7 @@ def test_value_and_gradient_against_a_plain_loop(level, cap, beta, epsilon_high)
             numeric = (loop_loss(case, up, *options) - loop_loss(case, down, *options)) / 2e-6
             assert gradient[t].item() == pytest.approx(numeric, rel=1e-5, abs=1e-8)
         assert all(torch.equal(case[name], values) for name, values in before.items())  # inputs unmodified
-        assert sums["tokens"] == (case["mask"] > 0).sum()
+        assert sums["trained_tokens"] == (case["mask"] > 0).sum()
 
 
 def test_first_on_policy_step_is_reinforce():
@@ -152,7 +152,7 @@ def test_first_on_policy_step_is_reinforce():
     loss, sums = grpo_loss(logprobs, batch, 7.0, settings())
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert torch.allclose(gradient, -batch["advantages"] * batch["mask"] / 7.0, rtol=1e-12, atol=0)
-    assert sums["update/clip_low"] == sums["update/clip_high"] == 0 and sums["update/ratio"] == sums["tokens"]
+    assert sums["update/clip_low"] == sums["update/clip_high"] == 0 and sums["update/ratio"] == sums["trained_tokens"]
 
 
 @pytest.mark.parametrize(("advantage", "log_ratio", "moves"), [
