@@ -578,7 +578,7 @@ def read_cache(path):
 
 @dataclass
 class Problem:
-    """One question: row in its source; gold answers, any of them right; ids of the prompt."""
+    """One question: row in its source; gold answers (GRPO pays the first); ids of the prompt."""
 
     row: int
     problem: str
@@ -695,15 +695,15 @@ def micro_batches(sizes, costs, ranks, max_tokens):
 
     In every micro-batch all ranks wait for the slowest, so all of them, on all ranks, should cost
     the same: rows (sizes: tokens; costs: FLOPs) go into bins of nearly equal cost, as few as
-    max_tokens allows, and the bins are assigned in order of cost. To even out each rank's total
+    keep to max_tokens, and the bins are assigned in order of cost. To even out each rank's total
     alone leaves 5% of waiting, this 2% (benchmarks/packing.py). A rank without rows gets empty
     bins: it must join every collective of FSDP, or all ranks hang.
     """
-    turns, fits = math.ceil(sum(sizes) / (max_tokens * ranks)), False
+    per_rank, fits = math.ceil(sum(sizes) / (max_tokens * ranks)), False
     while not fits:  # ends: with a bin for every row, none is larger than the longest row
-        bins = split_evenly(costs, turns * ranks)
+        bins = split_evenly(costs, per_rank * ranks)
         fits = all(sum(sizes[i] for i in members) <= max_tokens for members in bins)
-        turns += 1
+        per_rank += 1
     bin_costs = [sum(costs[i] for i in members) for members in bins]
     return [[bins[i] for i in mine] for mine in assign_to_ranks(bin_costs, ranks)]
 

@@ -453,7 +453,7 @@ def wait_for_all_ranks(ctx):
 
 
 def gather_objects(ctx, value):
-    """Every rank's `value`, a small picklable object, in rank order, on every rank."""
+    """Every rank's `value`, a picklable object, in rank order, on every rank."""
     wait_for_all_ranks(ctx)
     values = [None] * ctx.world_size
     dist.all_gather_object(values, value, group=ctx.control)
@@ -745,8 +745,8 @@ def save_hf(model, folder, ctx, dtype, tokenizer=None, generation_config=None,
     """
     Write the policy as a model folder that transformers and vLLM load; collective.
 
-    Every rank gathers every tensor, cast to dtype before, keeps those it owns and writes one
-    safetensors file; rank 0 adds index and config; one rename publishes the folder. one_per_node:
+    Every rank casts each tensor, gathers it and keeps it if it is the owner; it writes one
+    safetensors file, rank 0 adds index and config, one rename publishes the folder. one_per_node:
     every machine writes a copy of its own (for /dev/shm). durable: flushed to disk before the
     rename. Returns the fingerprint, a 63-bit sum over the published bits: equal weights give equal
     fingerprints. Raises RankFailure on all ranks when one cannot write.
@@ -778,7 +778,7 @@ def save_hf(model, folder, ctx, dtype, tokenizer=None, generation_config=None,
                 fingerprint += sum_of_bits(full) * (zlib.crc32(name.encode()) | 1)
                 mine[name] = full.to("cpu", copy=True).contiguous()
             del full
-    # The first `ranks` ranks hold the first copy between them.
+    # With one_per_node: of the first machine's copy alone.
     fingerprint = sum(gather_objects(ctx, fingerprint)[:ranks]) % (1 << 63)
 
     with raise_on_all_ranks(ctx, f"writing {folder} (is its disk full?)"):
@@ -1027,7 +1027,7 @@ def flops_per_pack(config, lengths):
     half the square: what the hardware must do. Recomputation is not counted.
     """
     width = config.num_attention_heads * head_dim(config)
-    # Per pair and layer 2 matmuls, each multiplies and adds: 4 / 2 of the square.
+    # Per pair and layer 2 matmuls, each multiplies and adds: 4 FLOPs on half the square.
     attention = 2 * sum(n * n for n in lengths) * config.num_hidden_layers * width
     return 3 * (2 * matmul_params(config) * sum(lengths) + attention)
 

@@ -58,7 +58,7 @@ PROBE_TOLERANCE = {"float32": 1e-3, "float16": 0.2, "bfloat16": 0.2}
 
 
 class EngineError(RuntimeError):
-    """An engine cannot start, refused a request, or died too often. Ends with its log's tail."""
+    """An engine cannot start or died too often (its log's tail follows), or refused a request."""
 
 
 class StaleWeightsError(RuntimeError):
@@ -129,7 +129,7 @@ def engine_layout(rank, local_rank, world_size, local_world_size, tensor_paralle
 def clean_sync_folder(sync_dir, output_dir, ctx):
     """
     This run's folder for weights on this machine; what a killed run left in it is deleted on entry,
-    and the folder on exit (on /dev/shm, 14B weights occupy 28 GB of memory).
+    and the folder on exit (14B weights are 28 GB, twice that while a new version is loaded).
     """
     run = Path(output_dir).resolve().as_posix().strip("/").replace("/", "-")
     folder = Path(sync_dir, f"grpo-{run}-node{ctx.rank // ctx.local_world_size}")
@@ -256,14 +256,16 @@ class Engine:
     by the memory that is free while it starts.
 
     max_model_len: longest prompt + completion. devices: GPUs as local ranks (None: the first).
-    vocab_size: ids from here on, a padded vocabulary, are never sampled. sleep_mode: allow sleep().
+    vocab_size: ids from here on, a padded vocabulary, are never sampled. stop_token_id: ends an
+    answer, beside those of the model's generation config. sleep_mode: allow sleep().
     request_timeout: seconds that an engine may be silent.
     Every method raises EngineError when the engine cannot start, refuses or died too often.
     """
 
     def __init__(self, model_path, *, log_file, max_model_len, dtype="auto", tensor_parallel_size=1,
                  devices=None, gpu_memory_utilization=0.3, max_num_seqs=256, enforce_eager=False,
-                 sleep_mode=False, vocab_size=None, request_timeout=1800, max_restarts=3):
+                 sleep_mode=False, vocab_size=None, stop_token_id=None, request_timeout=1800,
+                 max_restarts=3):
         on_cpu = not torch.cuda.is_available()
         llm = dict(
             model=str(model_path), dtype=dtype, max_model_len=max_model_len,
@@ -286,6 +288,7 @@ class Engine:
         self.settings = dict(llm=llm, vocab_size=vocab_size)
         self.environment = child_environment(model_path, tensor_parallel_size, devices, on_cpu)
         self.max_model_len = max_model_len
+        self.stop_token_ids = [] if stop_token_id is None else [stop_token_id]
         self.can_sleep = sleep_mode and not on_cpu
         self.request_timeout = request_timeout
         self.restarts, self.max_restarts = 0, max_restarts
@@ -312,7 +315,8 @@ class Engine:
                     f"prompt {index}: its {len(prompt)} tokens and max_tokens {limit} must be at "
                     f"least 1 and together at most max_model_len {self.max_model_len}")
 
-        sampling = dict(temperature=temperature, top_p=top_p, min_p=min_p)
+        sampling = dict(temperature=temperature, top_p=top_p, min_p=min_p,
+                        stop_token_ids=self.stop_token_ids)
         missing = {(p, s): None for p in range(len(prompts)) for s in range(n)}  # an ordered set
         groups = [[] for _ in prompts]
         while missing:

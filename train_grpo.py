@@ -16,7 +16,7 @@ One step, in the order of the code in main:
                     KL_t = exp(ref_t - logp_t) - (ref_t - logp_t) - 1
                     L = sum_t m_t [-w_t min(ratio_t A, clip(ratio_t) A) + beta KL_t] / N
                     w_t = min(pi_old(y_t) / q(y_t), cap), q: what vLLM really sampled from
-    7. publish      new weights to the engines, verified before anyone samples from them
+    7. sync         new weights to the engines, verified before anyone samples from them
     8. log, evaluate, save
 
 It is train_sft.py with a weight on every token: the same forward, the same packed batches, and
@@ -65,7 +65,7 @@ from rollout import (
 COLUMNS = ("mask", "advantages", "rollout_logprobs")  # per-token arrays of a row, see token_rows
 MAX_SHARE_WITHOUT_REWARD = 0.25  # of a step's answers: above it a reward function is broken
 MAX_SHARE_OFF = 0.2  # of the tokens may differ by 10% in probability between sampler and trainer
-STEPS_OFF = 3  # this many steps in a row beyond that end the run
+MAX_BAD_STEPS = 3  # this many steps in a row beyond that end the run
 
 
 @dataclass
@@ -98,13 +98,13 @@ class GRPOConfig(RewardOptions):  # the reward flags and their defaults are in r
     rollout_is_cap: float = flag(2.0, "Cap of the importance weight pi_old / q; 0: off.")
     mask_truncated_completions: bool = flag(False, "Leave answers cut for length out of the loss.")
     # Optimizer and schedule
-    num_train_epochs: float = flag(1, "Passes over the problems.")
+    num_train_epochs: float = flag(1, "Passes over the problems, with --max_steps -1.")
     max_steps: int = flag(50, "Stop after this many steps; -1: after num_train_epochs.")
     lr_horizon: int = flag(-1, "Steps of the schedule; -1: where training stops.")
     learning_rate: float = flag(4e-6, "Peak learning rate.")
     lr_scheduler_type: str = flag("cosine", "cosine[_with_min_lr], linear, constant[_with_warmup].")
     min_lr_rate: float = flag(0.1, "Floor as a share of the peak, for cosine_with_min_lr.")
-    warmup_ratio: float = flag(0.0, "Share of the horizon spent on linear warm-up.")
+    warmup_ratio: float = flag(0.0, "Share of the horizon spent on linear warm-up, from 0.")
     weight_decay: float = flag(0.0, "AdamW's decoupled weight decay.")
     adam_beta2: float = flag(0.999, "AdamW: decay of the mean squared gradient.")
     max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0 leaves it alone.")
@@ -147,7 +147,7 @@ def group_advantages(rewards, scale_rewards="group", eps=1e-4):
     almost always or almost never solved). NaN is an answer without a reward: its advantage is 0.
     """
     centered = rewards - rewards.nanmean(1, keepdim=True)  # (P, G)
-    # A group of equal rewards teaches nothing, but dividing by eps would amplify its rounding.
+    # Exactly 0 in a group of equal rewards, although their mean is rounded.
     centered = torch.where(centered.abs() > 1e-9, centered, 0.0)  # nan becomes 0, too
     if scale_rewards == "none":
         return centered
@@ -212,9 +212,8 @@ def grpo_loss(logprobs, batch, denominator, cfg):
               "update/clip_high": (ratio > 1 + cfg.epsilon_high) & (advantages > 0)}
     if cfg.beta:
         # k3: never negative, zero only where both policies agree. As a loss its expected gradient
-        # is that of KL(ref || pi); k1, the plain log-ratio, would have expected gradient 0. It has
-        # no importance weight, as in TRL: a penalty for leaving ref is right wherever it is read,
-        # while w corrects whose answers the advantages average over.
+        # is that of KL(ref || pi); k1, the plain log-ratio, would have expected gradient 0. As in
+        # TRL it has no importance weight: it is a penalty on the texts that were sampled.
         delta = (batch["ref_logprobs"] - logprobs) * inside
         kl = delta.exp() - delta - 1
         token_loss = token_loss + cfg.beta * kl
@@ -226,10 +225,15 @@ def grpo_loss(logprobs, batch, denominator, cfg):
 
 
 def diagnostics(batch, cfg):
-    """Sums over the trained tokens, as in grpo_loss: entropy, and log q against log pi_old."""
+    """
+    Sums over the trained tokens, as in grpo_loss: entropy, and log q against log pi_old.
+
+    With top_p or min_p only one direction of the gap is an error; sync_weights, whose probe is not
+    truncated, checks both.
+    """
     inside = batch["mask"] > 0
     gap = (batch["old_logprobs"] - batch["rollout_logprobs"])[inside]
-    # Cutting off the tail raises q, which explains a gap below 0: only one above is an error.
+    # Cutting off the tail raises q, which explains any gap below 0.
     gap = gap.clamp(min=0) if cfg.top_p < 1 or cfg.min_p > 0 else gap.abs()
     return {"rollout/logprob_gap": float(gap.sum()),
             "rollout/off_by_10_percent": float((gap > math.log(1.1)).sum()),
@@ -253,6 +257,7 @@ def main(cfg):
     tokenizer = load_tokenizer(folder)
     set_chat_template(tokenizer, cfg.chat_template)
     vocab = max(tokenizer.get_vocab().values()) + 1  # higher ids are padding of the embedding
+    stop_token = stop_token_id(tokenizer)  # a base model's generation config may have another
     longest = cfg.max_prompt_length + cfg.max_completion_length
     check_lengths(tokenizer, model_config, longest)
     train = read_problems(cfg.dataset, tokenizer, cfg, ctx)
@@ -278,7 +283,7 @@ def main(cfg):
     run = open_run(ctx, cfg, {
         "model": folder_hash(folder), "chat template": text_hash(tokenizer.chat_template),
         "data": train.content_hash, "prompts per step": cfg.num_prompts_per_step})
-    engine = start_engine(cfg, ctx, layout, folder, vocab, problems[0].prompt_ids)
+    engine = start_engine(cfg, ctx, layout, folder, vocab, stop_token, problems[0].prompt_ids)
     model = load_policy(folder, ctx, activation_checkpointing=cfg.activation_checkpointing,
                         compile_blocks=cfg.compile)
     reference = load_policy(folder, ctx, trainable=False) if cfg.beta else None
@@ -286,7 +291,7 @@ def main(cfg):
         model.parameters(), lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2),
         weight_decay=cfg.weight_decay, fused=True)
     scheduler = make_schedule(cfg, optimizer, cfg.lr_horizon)
-    step, cursor, steps_off = 0, 0, 0
+    step, cursor, bad_steps = 0, 0, 0
     if run.checkpoint:
         state = load_checkpoint(model, optimizer, scheduler, ctx, run.checkpoint)
         step, cursor = state["step"], state["cursor"]
@@ -304,6 +309,8 @@ def main(cfg):
             started, times = time.perf_counter(), {}
 
             # ====================================================== 1.-3. prompts, rollout, rewards
+            # collect_groups chooses the prompts, sample_groups has the engine answer them, and
+            # score_group pays one group while the engine samples the others.
             first_cursor = cursor
             with timed(times, "rollout"):
                 groups, cursor = collect_groups(sample, problems, cursor, cfg)
@@ -336,14 +343,14 @@ def main(cfg):
             if reference is not None:
                 with timed(times, "reference"), torch.no_grad():
                     for batch in batches:
-                        batch["ref_logprobs"], _ = policy_logprobs(reference, batch, cfg, vocab)
+                        batch["ref_logprobs"], _ = model_logprobs(reference, batch, cfg, vocab)
 
             # ====================================================== 6. update
             with timed(times, "update"):
                 for _ in range(cfg.num_iterations):
                     sums = Counter()  # of one pass over all micro-batches; the last is logged
                     for batch in batches:
-                        logprobs, entropy = policy_logprobs(model, batch, cfg, vocab)  # (T,), (T,)
+                        logprobs, entropy = model_logprobs(model, batch, cfg, vocab)  # (T,), (T,)
                         # In the first pass the policy is the one that sampled: its log-probs are
                         # the old ones, and no forward of their own is needed.
                         batch.setdefault("old_logprobs", logprobs.detach())
@@ -364,7 +371,7 @@ def main(cfg):
             scheduler.step()
             step += 1
 
-            # ====================================================== 7. publish
+            # ====================================================== 7. sync
             with timed(times, "sync"):
                 synced = sync_weights(model, engine, ctx, sync_folder, step, probe, synced)
 
@@ -384,10 +391,11 @@ def main(cfg):
                     metrics |= evaluate(sample, held_out.problems, cfg)
             metrics |= times
             per_token = per_token_values(ctx, batches, row_numbers, lengths)
-            if ctx.is_main:
-                write_rollouts(output_dir, step, groups, advantages, answer_weights, per_token)
-            log.write(metrics, log_line(metrics, times, total_steps, any(answer_weights)))
-            steps_off = check_step(metrics, steps_off, probe["tolerance"], ctx)
+            with raise_on_all_ranks(ctx, "writing rollouts and metrics"):
+                if ctx.is_main:
+                    write_rollouts(output_dir, step, groups, advantages, answer_weights, per_token)
+                log.write(metrics, log_line(metrics, times, total_steps, any(answer_weights)))
+            bad_steps = check_step(metrics, bad_steps, probe["tolerance"], ctx)
             stopping = stop_requested()
             due = cfg.save_steps and step % cfg.save_steps == 0
             if due or stopping or step == total_steps:
@@ -399,7 +407,7 @@ def main(cfg):
                               "continue with --resume")
 
     save_hf(model, output_dir / "final", ctx, ctx.compute_dtype, tokenizer,
-            generation_config(folder, stop_token_id(tokenizer)))
+            generation_config(folder, stop_token))
     log.close()
     if engine is not None:
         engine.close()
@@ -424,7 +432,7 @@ class Group:
 
 def collect_groups(sample, problems, cursor, cfg):
     """
-    P scored groups for one step, and the next unused place in the data.
+    P scored groups for one step, and the next unused place in the stream of epochs (prompts_at).
 
     With dynamic sampling (DAPO, arXiv 2503.14476) a group of equal rewards, whose advantages are
     all 0, is replaced by a new prompt; the last round keeps every group.
@@ -461,8 +469,8 @@ def sample_groups(engine, layout, ctx, tokenizer, cfg, problems, places):
     """
     One scored Group per problem, on every rank; engine k takes the problems k, k + count, ...
 
-    A sample's seed is made of (seed, place of the prompt in the data, sample): a problem that comes
-    a second time gets other answers, and a restarted engine draws the same ones again.
+    A sample's seed is made of (seed, place in the stream of epochs, sample): a problem that comes a
+    second time gets other answers, and a restarted engine draws the same ones again.
     """
     scored = {}
     with raise_on_all_ranks(ctx, "sampling answers"):
@@ -491,7 +499,7 @@ def score_group(problem, completions, cfg, tokenizer):
 
 
 def has_equal_rewards(scored):
-    """Whether a group teaches nothing: all its rewards are the same, or missing (nan)."""
+    """Whether all rewards of a group are the same, or missing (nan): its advantages are 0."""
     return len({total for total in scored.totals if not math.isnan(total)}) <= 1
 
 
@@ -516,7 +524,7 @@ def token_rows(groups, advantages, answer_weights):
     return rows
 
 
-def policy_logprobs(model, batch, cfg, vocab_size):
+def model_logprobs(model, batch, cfg, vocab_size):
     """(logprobs, entropy), both (T,), of a micro-batch, at the temperature that sampled it."""
     inputs = {name: batch[name] for name in MODEL_INPUTS}
     return model(**inputs, temperature=cfg.temperature, vocab_size=vocab_size)
@@ -570,16 +578,17 @@ def dtype_name(ctx):
     return str(ctx.compute_dtype).removeprefix("torch.")
 
 
-def start_engine(cfg, ctx, layout, folder, vocab_size, prompt_ids):
+def start_engine(cfg, ctx, layout, folder, vocab_size, stop_token, prompt_ids):
     """This rank's engine, or None where a neighbour owns it; on a CPU it starts meanwhile."""
     engine = None
     if layout.owns_engine:
         engine = Engine(
             folder, max_model_len=cfg.max_prompt_length + cfg.max_completion_length + 1,
-            dtype=dtype_name(ctx), vocab_size=vocab_size, request_timeout=cfg.request_timeout,
+            dtype=dtype_name(ctx), vocab_size=vocab_size, stop_token_id=stop_token,
             tensor_parallel_size=cfg.tensor_parallel_size, devices=layout.devices,
             gpu_memory_utilization=cfg.gpu_memory_utilization, max_num_seqs=cfg.max_num_seqs,
             enforce_eager=cfg.enforce_eager, sleep_mode=cfg.vllm_sleep,
+            request_timeout=cfg.request_timeout,
             log_file=Path(cfg.output_dir, f"engine-{layout.index}.log"))
     if ctx.device.type == "cuda":
         # vLLM sizes its KV cache by the memory that is free: it must be up before the trainer.
@@ -613,7 +622,7 @@ output     {cfg.output_dir}""", flush=True)
 # --------------------------------------------------------------------------------------------------
 @contextmanager
 def timed(times, phase):
-    """Set times["time/PHASE"] to the seconds that a block takes."""
+    """Set times["time/PHASE"] to the seconds of a block; what a GPU has queued counts later."""
     started = time.perf_counter()
     yield
     times[f"time/{phase}"] = time.perf_counter() - started
@@ -637,7 +646,8 @@ def rollout_metrics(groups, lengths, rewards):
         "completions/truncated": float(np.mean(truncated)),
         "completions/correct": sum(s.correct.count(True) for s in scored) / len(lengths),
         **{f"grading/{name}": outcomes[name] for name in failures},
-        "time/rewards": sum(g.scoring_seconds for g in groups),  # of all engines
+        # Summed over the engines; it overlaps with time/rollout.
+        "time/rewards": sum(g.scoring_seconds for g in groups),
     }
 
 
@@ -668,16 +678,16 @@ def log_line(metrics, times, total_steps, trained):
     if "eval/pass@1" in metrics:
         line += f"  | eval accuracy {metrics['eval/pass@1']:.3f}"
     if not trained:
-        line += "  | NOTHING TRAINED: every answer is masked or has no reward"
+        line += "  | NO GRADIENT: every answer is masked or has no reward"
     return line
 
 
-def check_step(metrics, steps_off, allowed, ctx):
+def check_step(metrics, bad_steps, allowed, ctx):
     """
     End the run when its rewards or its sampler cannot be trusted; returns the bad steps in a row.
 
     Raises ValueError when too many answers have no reward, and when sampler and trainer disagree
-    in STEPS_OFF steps in a row: then the gradient is not that of the policy that sampled.
+    in MAX_BAD_STEPS steps in a row: then the gradient is not that of the policy that sampled.
     """
     missing = metrics["reward/missing"]
     if missing > MAX_SHARE_WITHOUT_REWARD:
@@ -688,12 +698,12 @@ def check_step(metrics, steps_off, allowed, ctx):
         return 0  # nan fails both tests
     message = (f"sampler and trainer disagree: mean log-prob gap {gap:.3g} (allowed {allowed:.3g}),"
                f" {share:.0%} of the tokens off by 10% (allowed {MAX_SHARE_OFF:.0%}); "
-               f"{STEPS_OFF} steps in a row end the run")
-    if steps_off + 1 == STEPS_OFF:
+               f"{MAX_BAD_STEPS} steps in a row end the run")
+    if bad_steps + 1 == MAX_BAD_STEPS:
         raise ValueError(f"{message}. --probe_tolerance raises the first limit")
     if ctx.is_main:
         print(f"WARNING: {message}", flush=True)
-    return steps_off + 1
+    return bad_steps + 1
 
 
 def evaluate(sample, problems, cfg):

@@ -278,7 +278,7 @@ def rows_of(documents, packs, members):
 
 @torch.no_grad()
 def evaluation_loss(model, documents, cfg, ctx):
-    """Mean loss per trained token of held-out documents, packed and assigned like training data."""
+    """Mean loss per trained token of held-out documents, packed like training data."""
     packs = make_packs(documents, cfg.max_length)
     sizes = [sum(len(documents[i]) for i in pack) for pack in packs]
     sums = Counter()

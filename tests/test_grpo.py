@@ -5,13 +5,16 @@ import math
 import re
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from conftest import read_rows, run_script, start, torchrun, wait_for
 
 import train_grpo
+from rollout import EngineLayout
 
 DIGITS_REWARD = '''
 def digits(completion, answer):
@@ -217,6 +220,14 @@ def test_wrong_input_is_one_clear_line(flag, tmp_path, demo):
 def test_impossible_numbers_are_refused_by_name(flag, value):
     with pytest.raises(ValueError, match=f"--{flag} {value}"):
         train_grpo.check_config(train_grpo.GRPOConfig(**{flag: value}))
+
+
+def test_the_engine_gets_the_tokenizers_vocabulary_and_the_templates_stop_token(monkeypatch):
+    monkeypatch.setattr(train_grpo, "Engine", lambda folder, **options: options)
+    ctx = SimpleNamespace(device=torch.device("cpu"), compute_dtype=torch.float32)
+    layout = EngineLayout(owns_engine=True, index=0, count=1, devices=[0])
+    options = train_grpo.start_engine(train_grpo.GRPOConfig(), ctx, layout, "base", 350, 7, [1])
+    assert options["vocab_size"] == 350 and options["stop_token_id"] == 7
 
 
 def test_dry_run_prints_the_plan(tmp_path, demo):

@@ -260,7 +260,7 @@ def check_log_probs_of_open_rs(base, folder):
     # [22] the temperature of sampling does not reach the log-probs, and the gap ends no run
     cfg = train_grpo.GRPOConfig(temperature=0.7)
     batch = dict.fromkeys(MODEL_INPUTS)
-    seen = train_grpo.policy_logprobs(lambda **inputs: inputs, batch, cfg, 10)
+    seen = train_grpo.model_logprobs(lambda **inputs: inputs, batch, cfg, 10)
     assert seen.get("temperature", 1) == 1
     metrics = {"reward/missing": 0, "rollout/logprob_gap": 0.5, "rollout/off_by_10_percent": 0.5}
     assert train_grpo.check_step(metrics, 0, 0.1, SimpleNamespace(is_main=False)) == 0

@@ -168,6 +168,14 @@ def test_stop_token_is_the_last_id_and_max_tokens_is_per_prompt(engine):
     assert reasons == {"stop", "length"}
 
 
+def test_the_templates_stop_token_ends_an_answer_as_well(engine, monkeypatch):
+    monkeypatch.setattr(engine, "stop_token_ids", [7])
+    groups = dict(engine.generate(PROMPTS, n=24, seeds=seeds(24), max_tokens=60, **FREE))
+    answers = [c for group in groups.values() for c in group]
+    assert {c.token_ids[-1] for c in answers if c.finish_reason == "stop"} == {7, EOS}
+    assert not any(7 in c.token_ids[:-1] for c in answers)
+
+
 def test_groups_stream_while_the_others_are_sampled(engine):
     """The short group arrives while the long ones run on; an abandoned iterator costs a restart."""
     limits = [400] * (len(PROMPTS) - 1) + [2]
