@@ -14,10 +14,8 @@ import io
 import json
 import math
 import sys
-from collections import Counter
 from functools import partial
 from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from string import Template
 
@@ -31,7 +29,7 @@ sys.path.insert(0, str(HERE.parent))
 from model import load_tokenizer, read_jsonl  # noqa: E402
 
 MAX_BYTES = 400_000
-TOKENS_PER_ANSWER = (1200, 600, 300, 150, 75, 40)  # tried in turn until the page is small enough
+TOKENS_PER_ANSWER = (1200, 600, 300, 200, 150, 100, 70, 50)  # tried in turn until the page is small enough
 MAX_ANSWERS = 8  # per group
 MAX_DOTS = 400  # in the overview, one per answer
 MAX_POINTS = 150  # per curve; longer runs are averaged over equal stretches
@@ -64,6 +62,7 @@ matplotlib.rcParams.update({
     "font.sans-serif": "DejaVu Sans",  # one name: every text in a chart repeats the list
     "font.size": 8, "axes.grid": True, "grid.alpha": 0.4,
     "axes.spines.top": False, "axes.spines.right": False,
+    "xtick.bottom": False, "ytick.left": False,  # the grid shows where a tick is
     "figure.constrained_layout.use": True})
 
 
@@ -131,7 +130,8 @@ class Group:
     def __init__(self, answers):
         rewards = [a["reward"] for a in answers if math.isfinite(a["reward"])] or [0.0]
         self.answers, self.labels = answers, []
-        self.mean, self.std = np.mean(rewards), np.std(rewards)
+        self.mean = np.mean(rewards)
+        self.std = np.std(rewards, ddof=1) if len(rewards) > 1 else 0.0  # as in train_grpo.py
         self.collapsed = len(set(rewards)) == 1  # equal rewards: every advantage is 0
         self.right = sum(a["outcome"] == "right" for a in answers)
         self.mixed = min(self.right, len(answers) - self.right), self.std
@@ -140,7 +140,7 @@ class Group:
 def read_groups(path):
     """The groups of a rollout file, in order of mean reward."""
     answers = sorted(read_jsonl(path), key=lambda a: (a["prompt_index"], -a["advantage"]))
-    by_prompt = groupby(answers, key=itemgetter("prompt_index"))
+    by_prompt = groupby(answers, key=lambda a: a["prompt_index"])
     return sorted([Group(list(same)) for _, same in by_prompt], key=lambda g: g.mean)
 
 
@@ -169,8 +169,8 @@ def overview(groups):
         x = column + np.linspace(-0.3, 0.3, len(rewards))
         axes.scatter(x, rewards, s=9, color=colours)
         axes.hlines(group.mean, column - 0.35, column + 0.35, color="black", linewidth=1)
-        axes.text(column, 1.02, "\n".join(group.labels), transform=axes.get_xaxis_transform(),
-                  ha="center", color="#0b5c92", weight="bold")
+        axes.text(column, 1.02, " + ".join(group.labels), transform=axes.get_xaxis_transform(),
+                  rotation=20, color="#0b5c92", weight="bold")  # turned: neighbours do not collide
     return as_svg(axes)
 
 
@@ -212,10 +212,10 @@ def token_attributes(answer, cap, largest):
     attributes = []
     numbers = zip(*token_updates(answer, cap), answer["logprobs"], answer["entropy"], strict=True)
     for update, logit, gap, logprob, entropy in numbers:
-        look = f"--update:{shade(update / largest, *UPDATE_COLOURS)}"
+        look = f"--u:{shade(update / largest, *UPDATE_COLOURS)}"
         if logprob < -0.01 or abs(gap) > 0.01:
-            look += f";--logit:{shade(logit / largest, *UPDATE_COLOURS)}"
-            look += f";--gap:{shade(gap, *GAP_COLOURS)}"
+            look += f";--l:{shade(logit / largest, *UPDATE_COLOURS)}"
+            look += f";--g:{shade(gap, *GAP_COLOURS)}"
             look += f'" title="p {math.exp(logprob):.2g}, gap {gap:+.3f}, entropy {entropy:.2f}'
         attributes.append(f'style="{look}"')
     return attributes
@@ -253,12 +253,12 @@ def answer_section(answer, copies, text_of):
 
 def group_section(group, text_of):
     """A group as <details>: the problem, the gold answer, and its answers by advantage."""
-    copies = Counter(answer["text"] for answer in group.answers)
+    texts = [answer["text"] for answer in group.answers]
     different = list({answer["text"]: answer for answer in group.answers}.values())
     shown = min(len(different), MAX_ANSWERS)
     sections, note = "", ""
     for i in np.linspace(0, len(different) - 1, shown).round().astype(int):
-        sections += answer_section(different[i], copies[different[i]["text"]], text_of)
+        sections += answer_section(different[i], texts.count(different[i]["text"]), text_of)
     if len(different) > shown:
         note = f"<p>{shown} of {len(different)} different answers, evenly over the ranks.</p>"
     if group.collapsed:
@@ -296,7 +296,7 @@ def curve_fields(run, config):
 
 
 def report(run, step=None):
-    """The HTML page of a run folder; at most MAX_BYTES, unless 40 tokens per answer exceed it."""
+    """The HTML page of a run folder; at most MAX_BYTES, unless 50 tokens per answer exceed it."""
     config = json.loads((run / "config.json").read_text())
     fields = curve_fields(run, config)
     path = rollout_file(run, step)

@@ -214,6 +214,7 @@ def test_a_run_in_progress_shows_its_whole_lines(grpo_run):
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "reward/total  0.5 → 1<" in page and "completions/mean_length  89 → 88<" in page
     assert "reward/&lt;b&gt;mine" in page and "reward/cosine  " not in page  # no chart: nan
+    assert "1 of 2 right,\nreward 0.5 ± 2.12<" in page  # unbiased, as in the trainer
     assert "2 of 2 right" in page and page.count("All rewards are equal") == 1
     assert "eval/pass@1  0.25 → 0.25<" in page and "update/entropy  0.3 → 0.3<" in page
     # of the token that the sampler found at 1/4
