@@ -165,9 +165,10 @@ def overview(groups):
     axes.margins(x=0.01)
     for column, group in enumerate(shown):
         rewards = np.array([a["reward"] for a in group.answers])  # nan: no dot
-        colours = ["#0072b2" if a["outcome"] == "right" else "#d55e00" for a in group.answers]
+        right = np.array([a["outcome"] == "right" for a in group.answers])
         x = column + np.linspace(-0.3, 0.3, len(rewards))
-        axes.scatter(x, rewards, s=9, color=colours)
+        axes.plot(x[right], rewards[right], "o", ms=3, color="#0072b2")
+        axes.plot(x[~right], rewards[~right], "o", ms=3, color="#d55e00", fillstyle="none")
         axes.hlines(group.mean, column - 0.35, column + 0.35, color="black", linewidth=1)
         axes.text(column, 1.02, " + ".join(group.labels), transform=axes.get_xaxis_transform(),
                   rotation=20, color="#0b5c92", weight="bold")  # turned: neighbours do not collide

@@ -300,7 +300,7 @@ def test_the_overview_of_a_large_step_stays_small():
     groups = [report.Group(answers) for _ in range(512)]
     report.choose_groups(groups)
     svg = report.overview(groups)
-    assert len(svg) < 120_000 and ">most mixed<" in svg
+    assert len(svg) < 120_000 and ">best<" in svg
 
 
 def test_the_groups_that_are_chosen():
