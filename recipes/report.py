@@ -29,7 +29,7 @@ sys.path.insert(0, str(HERE.parent))
 from model import load_tokenizer, read_jsonl  # noqa: E402
 
 MAX_BYTES = 400_000
-TOKENS_PER_ANSWER = (1200, 600, 300, 200, 150, 100, 70, 50)  # tried in turn until the page is small enough
+TOKENS_PER_ANSWER = (1200, 600, 300, 200, 150, 100, 70, 50)  # tried until the page is small enough
 MAX_ANSWERS = 8  # per group
 MAX_DOTS = 400  # in the overview, one per answer
 MAX_POINTS = 150  # per curve; longer runs are averaged over equal stretches

@@ -290,7 +290,11 @@ def test_the_page_stays_small_and_says_what_it_cuts(tmp_path, demo, tokenizer):
               model_name_or_path=str(demo / "base"), rollout_is_cap=2.0)
     page = report.report(tmp_path)
     assert len(page.encode()) < report.MAX_BYTES
-    assert "tokens are left out here" in page and "8 of 12 different answers" in page
+    assert "8 of 12 different answers" in page
+    text = page.split("<pre><i ")[1].split("</pre>")[0]  # the first answer
+    cut = text.split("<em>… ")[1].split(" tokens are left out here")[0]
+    shown = 1 + text.count("<i ")
+    assert shown + int(cut.replace(",", "")) == rows[-1]["length"]
     best, worst = page.index("advantage <b>5.5<"), page.index("advantage <b>-5.5<")
     assert best < worst  # both are shown, in order of advantage
 
