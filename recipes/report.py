@@ -3,23 +3,17 @@ One self-contained HTML page about a run: its curves, and the rollouts of one st
 
     python recipes/report.py runs/NAME [--step N] [--output FILE]
 
-    curves      every metric of metrics.jsonl that PANELS names; a run in progress will do
-    overview    the groups of the step: each answer's reward beside the mean it is compared with
-    groups      most mixed, best, worst, collapsed: problem, gold, answers, reward parts, advantage
-    tokens      coloured by the update, by the update of the logit, or by the sampler-trainer gap
-
-The page, report_template.html, has no script: groups unfold as <details>, the colour switch is CSS.
-Text from models and data is escaped.
+The curves are those that PANELS names; a run in progress will do. The page, report_template.html,
+has no script: groups unfold as <details>, the colour switch is CSS. All text is escaped.
 """
 
 import argparse
+import fnmatch
 import html
 import io
 import json
 import math
-import statistics
 import sys
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -35,43 +29,43 @@ sys.path.insert(0, str(HERE.parent))
 from model import load_tokenizer, read_jsonl  # noqa: E402
 
 MAX_BYTES = 400_000
-MAX_POINTS = 200  # per curve; longer runs are averaged over equal stretches
-MAX_DOTS = 400  # in the overview, one per answer
+TOKENS_PER_ANSWER = (1200, 600, 300, 200, 150, 100, 70, 50)  # tried until the page is small enough
 MAX_ANSWERS = 8  # per group
-TOKENS_PER_ANSWER = (1200, 600, 300, 150, 75, 40)  # tried in turn until the page is small enough
-SHARE_LEVELS = (0.02, 0.1, 0.3, 0.6)  # of the largest update in the step: where a shade begins
-GAP_LEVELS = (0.01, 0.05, 0.2, 0.7)  # nats: 0.01 is 1% of the probability, 0.7 a factor of 2
+MAX_DOTS = 400  # in the overview, one per answer
+MAX_POINTS = 150  # per curve; longer runs are averaged over equal stretches
 
-PANELS = {  # title: metrics; one ending in * means all with that start that are not named here
+PANELS = {  # title: metrics; a * takes every metric that no panel names in full
     "Reward and its parts": ["reward/total", "reward/*"],
     "Share of answers": ["completions/correct", "completions/truncated", "reward/missing",
-                         "eval/pass@1"],
+                         "eval/pass@1", "eval/truncated"],
     "Tokens per answer": ["completions/mean_length", "eval/mean_length"],
     "Loss": ["loss", "eval/loss"],
-    "Entropy in nats per token": ["update/entropy", "entropy"],
-    "KL to the starting model, per token": ["update/kl"],
-    "Gap between sampler and trainer": ["rollout/logprob_gap", "sync/logprob_gap"],
-    "Rewards within a group": ["reward/std_within_group", "reward/groups_of_equal_rewards"],
-    "Seconds per step, by phase": ["time/step", "time/*"],
+    "Entropy, nats per token": ["update/entropy", "entropy"],
+    "KL to the starting model, nats per token": ["update/kl"],
+    "Standard deviation of a group's rewards": ["reward/std_within_group"],
+    "Share of groups with equal rewards": ["reward/groups_of_equal_rewards"],
+    "Gap between sampler and trainer, nats per token": ["rollout/logprob_gap", "sync/logprob_gap"],
     "Share of clipped tokens": ["update/clip_low", "update/clip_high"],
     "Gradient norm": ["grad_norm"],
     "Learning rate": ["lr"],
+    "Seconds per step, by phase": ["time/step", "time/*"],
     "Tokens per second": ["tokens_per_second", "rollout/tokens_per_second"],
-    "Peak memory in GB": ["peak_memory_gb"],
+    "Peak memory, GB": ["peak_memory_gb"],
 }
+UPDATE_COLOURS = ("#07b", "#d50")  # blue: likelier after the step; orange: less likely
+GAP_COLOURS = ("#73a", "#085")  # violet: the trainer finds the token likelier; green: the sampler
+NAMED = {name for names in PANELS.values() for name in names}
 
 matplotlib.style.use("tableau-colorblind10")
 matplotlib.rcParams.update({
     "svg.fonttype": "none",  # text stays text, in the reader's font
-    "svg.hashsalt": "report",  # the same run gives the same bytes
-    "text.parse_math": False,  # a metric's name may contain $
+    "font.sans-serif": "DejaVu Sans",  # one name: every text in a chart repeats the list
     "font.size": 8, "axes.grid": True, "grid.alpha": 0.4,
-    "axes.spines.top": False, "axes.spines.right": False})
+    "axes.spines.top": False, "axes.spines.right": False,
+    "xtick.bottom": False, "ytick.left": False,  # the grid shows where a tick is
+    "figure.constrained_layout.use": True})
 
 
-# --------------------------------------------------------------------------------------------------
-# Text and numbers
-# --------------------------------------------------------------------------------------------------
 def escaped(text):
     r"""HTML of any text: markup escaped; control characters and lone surrogates as \uXXXX."""
     return html.escape("".join(
@@ -83,13 +77,9 @@ def number(x):
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 
-def is_number(x):
-    return isinstance(x, (int, float)) and math.isfinite(x)
-
-
-def as_svg(figure):
+def as_svg(axes):
     file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    axes.figure.savefig(file, format="svg")
     text = file.getvalue()
     return text[text.index("<svg"):]
 
@@ -97,111 +87,94 @@ def as_svg(figure):
 # --------------------------------------------------------------------------------------------------
 # Curves
 # --------------------------------------------------------------------------------------------------
-def curve(rows, name):
-    """(N, 2) array of step and value, where the metric is a number."""
-    points = [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
-    return np.array(points).reshape(-1, 2)
+def panel_curves(rows, patterns):
+    """{metric: (N, 2) array of step and value}, of a panel's metrics that have a number."""
+    names = sorted({name for row in rows for name in row})
+    curves = {}
+    for pattern in patterns:
+        for name in fnmatch.filter(names, pattern):
+            points = np.array([(row["step"], row.get(name)) for row in rows], dtype=float)
+            points = points[np.isfinite(points[:, 1])]  # None is nan by now
+            if len(points) and (name == pattern or name not in NAMED):
+                curves[name] = points
+    return curves
 
 
-def panel_curves(rows, wanted):
-    """{metric: curve} of the metrics in a panel that this run has."""
-    named = {name for names in PANELS.values() for name in names}
-    others = sorted({name for row in rows for name in row} - named)
-    names = []
-    for name in wanted:
-        matches = [other for other in others if other.startswith(name[:-1])]
-        names += matches if name.endswith("*") else [name]
-    curves = {name: curve(rows, name) for name in names}
-    return {name: points for name, points in curves.items() if len(points)}
+def chart(title, curves):
+    """A <figure> of curves over the steps; its legend gives the first and the last value."""
+    axes = Figure(figsize=(4, 2.1)).add_subplot()
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    legend = ""
+    for name, points in curves.items():
+        parts = np.array_split(points, min(len(points), MAX_POINTS))
+        steps, values = np.transpose([part.mean(axis=0) for part in parts])
+        [line] = axes.plot(steps, values, marker="." if len(parts) < 10 else "")
+        ends = f"{number(points[0, 1])} → {number(points[-1, 1])}"
+        legend += f'<div><b style="color:{line.get_color()}">━</b> {escaped(name)}  {ends}</div>'
+    return f"<figure><b>{title}</b>{as_svg(axes)}{legend}</figure>"
 
 
 def charts(rows):
-    """An SVG of the panels that this run has numbers for."""
-    panels = {title: panel_curves(rows, wanted) for title, wanted in PANELS.items()}
-    panels = {title: curves for title, curves in panels.items() if curves}
-    height = math.ceil(len(panels) / 3)
-    figure = Figure(figsize=(12, 2.5 * height), layout="constrained")
-    for place, (title, curves) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(height, 3, place)
-        axes.set_title(title, loc="left", weight="bold")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        for name, points in curves.items():
-            parts = np.array_split(points, min(len(points), MAX_POINTS))
-            steps, values = np.transpose([part.mean(axis=0) for part in parts])
-            label = f"{name}  {number(points[0, 1])} → {number(points[-1, 1])}"
-            marker = "." if len(parts) < 10 else ""
-            axes.plot(steps, values, marker=marker, label=label)
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), borderpad=0, frameon=False)
-    return as_svg(figure)
+    """The <figure>s of the panels that this run has numbers for."""
+    panels = {title: panel_curves(rows, patterns) for title, patterns in PANELS.items()}
+    return "\n".join(chart(title, curves) for title, curves in panels.items() if curves)
 
 
 # --------------------------------------------------------------------------------------------------
-# Groups
+# Rollouts
 # --------------------------------------------------------------------------------------------------
-@dataclass
 class Group:
-    """The answers to one problem, best advantage first."""
-    index: int
-    answers: list
+    """The answers to one problem, best advantage first; labels: why the page shows it."""
 
-    def __post_init__(self):
-        rewards = [a["reward"] for a in self.answers if is_number(a["reward"])] or [0.0]
-        self.mean = statistics.fmean(rewards)
-        self.std = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
+    def __init__(self, answers):
+        rewards = [a["reward"] for a in answers if math.isfinite(a["reward"])] or [0.0]
+        self.answers, self.labels = answers, []
+        self.mean = np.mean(rewards)
+        self.std = np.std(rewards, ddof=1) if len(rewards) > 1 else 0.0  # as in train_grpo.py
         self.collapsed = len(set(rewards)) == 1  # equal rewards: every advantage is 0
-        self.right = sum(a["outcome"] == "right" for a in self.answers)
-        self.mixed = min(self.right, len(self.answers) - self.right), self.std
+        self.right = sum(a["outcome"] == "right" for a in answers)
+        self.mixed = min(self.right, len(answers) - self.right), self.std
 
 
 def read_groups(path):
     """The groups of a rollout file, in order of mean reward."""
-    by_prompt = {}
-    for answer in read_jsonl(path):
-        by_prompt.setdefault(answer["prompt_index"], []).append(answer)
-    groups = [Group(index, sorted(answers, key=lambda a: -a["advantage"]))
-              for index, answers in by_prompt.items()]
-    return sorted(groups, key=lambda g: (g.mean, g.index))
+    answers = sorted(read_jsonl(path), key=lambda a: (a["prompt_index"], -a["advantage"]))
+    by_prompt = groupby(answers, key=lambda a: a["prompt_index"])
+    return sorted([Group(list(same)) for _, same in by_prompt], key=lambda g: g.mean)
 
 
 def choose_groups(groups):
-    """[(labels, group)]: most mixed, best, worst and one collapsed; a group may have two labels."""
+    """Label and return the most mixed, best, worst and a collapsed group; some may be the same."""
     most_mixed = max(groups, key=lambda g: g.mixed)
-    picks = [("most mixed", most_mixed), ("best", groups[-1]), ("worst", groups[0])]
-    taken = [g.index for _, g in picks]
+    picks = {"most mixed": most_mixed, "best": groups[-1], "worst": groups[0]}
     if collapsed := [g for g in groups if g.collapsed]:
         # rather one that is not shown yet, and one with right answers says more than one without
-        pick = min(collapsed, key=lambda g: (g.index in taken, -g.right))
-        picks.append(("collapsed", pick))
-    chosen = {}
-    for label, group in picks:
-        chosen.setdefault(group.index, ([], group))[0].append(label)
-    return list(chosen.values())
+        picks["collapsed"] = min(collapsed, key=lambda g: (g in picks.values(), -g.right))
+    for label, group in picks.items():
+        group.labels.append(label)
+    return list(dict.fromkeys(picks.values()))
 
 
-def overview(groups, chosen):
+def overview(groups):
     """An SVG with a column per group: its answers' rewards as dots, and their mean."""
-    names = {group.index: "\n".join(labels) for labels, group in chosen}
     every = math.ceil(sum(len(g.answers) for g in groups) / MAX_DOTS)
-    shown = [g for i, g in enumerate(groups) if i % every == 0 or g.index in names]
-    figure = Figure(figsize=(12, 2.4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_xticks([])
+    shown = [g for i, g in enumerate(groups) if i % every == 0 or g.labels]
+    axes = Figure(figsize=(9, 2.2)).add_subplot()
+    axes.set(xticks=[], xlabel="problems, in order of their mean reward", ylabel="reward")
     axes.margins(x=0.01)
     for column, group in enumerate(shown):
         rewards = np.array([a["reward"] for a in group.answers])  # nan: no dot
         right = np.array([a["outcome"] == "right" for a in group.answers])
         x = column + np.linspace(-0.3, 0.3, len(rewards))
-        axes.plot(x[right], rewards[right], "o", ms=4, color="#0072b2")
-        axes.plot(x[~right], rewards[~right], "o", ms=4, color="#d55e00", fillstyle="none")
+        axes.plot(x[right], rewards[right], "o", ms=3, color="#0072b2")
+        axes.plot(x[~right], rewards[~right], "o", ms=3, color="#d55e00", fillstyle="none")
         axes.hlines(group.mean, column - 0.35, column + 0.35, color="black", linewidth=1)
-        axes.text(column, 1.02, names.get(group.index, ""), url=f"#group-{group.index}",
-                  transform=axes.get_xaxis_transform(), ha="center", color="#0b5c92", weight="bold")
-    return as_svg(figure)
+        axes.text(column, 1.02, " + ".join(group.labels), transform=axes.get_xaxis_transform(),
+                  rotation=20, color="#0b5c92", weight="bold")  # turned: neighbours do not collide
+    return as_svg(axes)
 
 
-# --------------------------------------------------------------------------------------------------
-# Answers and their tokens
-# --------------------------------------------------------------------------------------------------
 def token_texts(tokenizer, ids):
     """The text of every token; a character of several tokens belongs to its last one."""
     texts, start = [], 0
@@ -229,81 +202,76 @@ def token_updates(answer, cap):
     return update, update * (1 - np.exp(logprobs)), gap
 
 
-def shades(values, bounds):
-    """-4 ... 4 for each value: how many of the bounds it reaches, with its sign."""
-    return np.sign(values).astype(int) * np.digitize(np.abs(values), bounds)
+def shade(strength, above, below):
+    """A colour #RGBA for -1 ... 1; by the square root, or only the largest would be seen."""
+    opacity = round(10 * math.sqrt(min(1.0, abs(strength))))
+    return f"{above if strength > 0 else below}{opacity:x}"
 
 
 def token_attributes(answer, cap, largest):
-    """Of each token: its class in the three colourings; unless it is certain, also its numbers."""
-    update, logit, gap = token_updates(answer, cap)
-    by_update = shades(update / largest, SHARE_LEVELS)
-    by_logit = shades(logit / largest, SHARE_LEVELS)
-    by_gap = shades(gap, GAP_LEVELS)
+    """Of each token: its colours in the three colourings; unless it is certain, its numbers."""
     attributes = []
-    for i, logprob in enumerate(answer["logprobs"]):
-        look = f'class="u{by_update[i]} l{by_logit[i]} g{by_gap[i]}"'
-        if by_logit[i] or by_gap[i]:
-            look += f' title="p {math.exp(logprob):.2g}, gap {gap[i]:+.3f}'
-            look += f', entropy {answer["entropy"][i]:.2f}"'
-        attributes.append(look)
+    numbers = zip(*token_updates(answer, cap), answer["logprobs"], answer["entropy"], strict=True)
+    for update, logit, gap, logprob, entropy in numbers:
+        look = f"--u:{shade(update / largest, *UPDATE_COLOURS)}"
+        if logprob < -0.01 or abs(gap) > 0.01:
+            look += f";--l:{shade(logit / largest, *UPDATE_COLOURS)}"
+            look += f";--g:{shade(gap, *GAP_COLOURS)}"
+            look += f'" title="p {math.exp(logprob):.2g}, gap {gap:+.3f}, entropy {entropy:.2f}'
+        attributes.append(f'style="{look}"')
     return attributes
 
 
 def answer_text(answer, tokenizer, cap, largest, budget):
     """An answer as <pre>, its tokens coloured; beyond `budget` tokens its middle is left out."""
-    ids, attributes = answer["token_ids"], token_attributes(answer, cap, largest)
-    cut = max(0, len(ids) - budget)
-    head = budget * 2 // 3 if cut else len(ids)
+    ids = answer["token_ids"]
+    attributes = token_attributes(answer, cap, largest)
 
     def coloured(span):
         tokens = zip(attributes[span], token_texts(tokenizer, ids[span]), strict=True)
-        for look, same in groupby(tokens, key=lambda token: token[0]):
-            text = escaped("".join(text for _, text in same)).replace("\n", "↵\n")
-            yield f"<i {look}>{text}</i>"
+        spans = [f"<i {look}>{escaped(text)}</i>" for look, text in tokens]
+        return "".join(spans).replace("\n", "↵\n")
 
-    joint = f"<em>… {cut:,} tokens are left out here …</em>" if cut else ""
-    start, end = coloured(slice(0, head)), coloured(slice(head + cut, None))
-    return f"<pre>{''.join(start)}{joint}{''.join(end)}</pre>"
+    if len(ids) <= budget:
+        return f"<pre>{coloured(slice(None))}</pre>"
+    half = budget // 2
+    note = f"<em>… {len(ids) - 2 * half:,} tokens are left out here …</em>"
+    return f"<pre>{coloured(slice(half))}{note}{coloured(slice(-half, None))}</pre>"
 
 
 def answer_section(answer, copies, text_of):
-    """One answer: outcome, advantage, reward with its parts, length, and the text in colour."""
+    """One answer: outcome, length, advantage, reward with its parts, and the text in colour."""
     kind = "right" if answer["outcome"] == "right" else "wrong"
     times = f" × {copies}" if copies > 1 else ""
-    facts = {"advantage": f"{answer['advantage']:+.2f}", "reward": number(answer["reward"])}
-    facts |= {name: number(value) for name, value in answer["rewards"].items()}
-    facts["tokens"] = f"{answer['length']:,}"
-    facts = "".join(f"<span>{escaped(name)} <b>{value}</b></span>" for name, value in facts.items())
+    facts = {"tokens": answer["length"], "advantage": answer["advantage"],
+             "reward": answer["reward"]}
+    facts |= {f"reward/{name}": value for name, value in answer["rewards"].items()}
+    facts = [f"<span>{escaped(name)} <b>{number(x)}</b></span>" for name, x in facts.items()]
     cut = "<span>cut at the limit</span>" if answer["finish_reason"] == "length" else ""
     return (f'<section><header><b class="{kind}">{escaped(answer["outcome"])}{times}</b>'
-            f"{facts}{cut}</header>{text_of(answer)}</section>")
+            f"{''.join(facts)}{cut}</header>{text_of(answer)}</section>")
 
 
-def group_section(labels, group, text_of):
+def group_section(group, text_of):
     """A group as <details>: the problem, the gold answer, and its answers by advantage."""
-    by_text = {}
-    for answer in group.answers:
-        by_text.setdefault((answer["advantage"], answer["text"]), []).append(answer)
-    different = list(by_text.values())
+    texts = [answer["text"] for answer in group.answers]
+    different = list({answer["text"]: answer for answer in group.answers}.values())
     shown = min(len(different), MAX_ANSWERS)
     sections, note = "", ""
     for i in np.linspace(0, len(different) - 1, shown).round().astype(int):
-        copies = different[i]
-        sections += answer_section(copies[0], len(copies), text_of)
-    if len(different) > MAX_ANSWERS:
-        note = f"<p>{MAX_ANSWERS} of {len(different)} different answers, evenly over the ranks.</p>"
+        sections += answer_section(different[i], texts.count(different[i]["text"]), text_of)
+    if len(different) > shown:
+        note = f"<p>{shown} of {len(different)} different answers, evenly over the ranks.</p>"
     if group.collapsed:
         note += "<p>All rewards are equal: every advantage is 0, the group teaches nothing.</p>"
-    problem, gold = group.answers[0]["problem"], group.answers[0]["answer"]
-    heading = " ".join(problem.split())[:110]
+    problem = group.answers[0]["problem"]
     return f"""
-<details id="group-{group.index}"{" open" if "most mixed" in labels else ""}>
-<summary><strong>{" + ".join(labels)}</strong><span>{escaped(heading)}</span>
+<details class="group"{" open" if "most mixed" in group.labels else ""}>
+<summary><strong>{" + ".join(group.labels)}</strong><span>{escaped(problem[:110])}</span>
 <small>{group.right} of {len(group.answers)} right,
 reward {number(group.mean)} ± {number(group.std)}</small></summary>
-<pre>{escaped(problem[:2000])}{" …" if len(problem) > 2000 else ""}</pre>
-<p>gold answer <b>{escaped(gold[:300])}</b></p>
+<pre>{escaped(problem)}</pre>
+<p>gold answer <b>{escaped(group.answers[0]["answer"])}</b></p>
 {note}<div class="answers">{sections}</div>
 </details>"""
 
@@ -313,60 +281,47 @@ reward {number(group.mean)} ± {number(group.std)}</small></summary>
 # --------------------------------------------------------------------------------------------------
 def rollout_file(run, step):
     """The rollout file of a step, the last one if step is None; None for a run without rollouts."""
-    files = {int(path.stem.split("-")[1]): path for path in run.glob("rollouts/step-*.jsonl")}
-    if step is None:
-        return files[max(files)] if files else None
-    if step not in files:
-        there = f"{min(files)} to {max(files)}" if files else "none, as in any SFT run"
-        raise ValueError(f"--step {step}: {run}/rollouts has no such step; there are {there}")
-    return files[step]
+    if step is not None:
+        return run / f"rollouts/step-{step:06d}.jsonl"
+    return max(run.glob("rollouts/step-*.jsonl"), default=None)
 
 
-def rollout_sections(path, run, config):
-    """Yield the HTML of a step's rollouts, with fewer and fewer tokens per answer."""
+def curve_fields(run, config):
+    """What the template needs for the first part of the page."""
+    rows = read_jsonl(run / "metrics.jsonl")
+    if not rows:
+        raise ValueError(f"{run}/metrics.jsonl has no step yet; try again later")
+    return {"title": escaped(run), "last_step": rows[-1]["step"], "charts": charts(rows),
+            "stretch": math.ceil(len(rows) / MAX_POINTS),
+            "config": escaped(json.dumps(config, indent=1))}
+
+
+def report(run, step=None):
+    """The HTML page of a run folder; at most MAX_BYTES, unless 50 tokens per answer exceed it."""
+    config = json.loads((run / "config.json").read_text())
+    fields = curve_fields(run, config)
+    path = rollout_file(run, step)
+    template = (HERE / "report_template.html").read_text(encoding="utf-8")
+    if path is None:
+        before, _, after = template.split("<!-- only a run with rollouts has this part -->\n")
+        return Template(before + after).substitute(fields)
+
     groups = read_groups(path)
     answers = [answer for group in groups for answer in group.answers]
-    if "logprobs" not in answers[0]:
-        raise ValueError(f"{path} has no log-probs per token; its run is older than this report")
     final = run.resolve() / "final"  # not there while the run is in progress
     tokenizer = load_tokenizer(final if final.is_dir() else config["model_name_or_path"])
     largest = max(abs(a["advantage"] * a["weight"]) for a in answers) or 1.0
     chosen = choose_groups(groups)
-    dots = overview(groups, chosen)
+    fields |= {"step": answers[0]["step"], "overview": overview(groups),
+               "counts": f"{len(groups)} problems, {len(answers)} answers"}
     for budget in TOKENS_PER_ANSWER:
         text_of = partial(answer_text, tokenizer=tokenizer, cap=config["rollout_is_cap"],
                           largest=largest, budget=budget)
-        yield dict(step=answers[0]["step"], overview=dots,
-                   counts=f"{len(groups)} problems, {len(answers)} answers",
-                   gap_levels=", ".join(map(str, GAP_LEVELS)),
-                   groups="".join(group_section(*labelled, text_of) for labelled in chosen))
-
-
-def report(run, step=None):
-    """The HTML page of a run folder; at most MAX_BYTES, unless 40 tokens per answer exceed it."""
-    if not (run / "metrics.jsonl").is_file():
-        raise ValueError(f"{run} holds no metrics.jsonl; name the --output_dir of a trainer")
-    rows = read_jsonl(run / "metrics.jsonl")
-    if not rows:
-        raise ValueError(f"{run}/metrics.jsonl has no step yet; try again later")
-    path = rollout_file(run, step)
-    config = json.loads((run / "config.json").read_text())
-    progress = f"Step {rows[-1]['step']:,}."
-    if config.get("max_steps", -1) > 0:
-        progress = f"Step {rows[-1]['step']:,} of {config['max_steps']:,}."
-    if len(rows) > MAX_POINTS:
-        progress += f" Each point is a mean over up to {math.ceil(len(rows) / MAX_POINTS)} steps."
-    template = (HERE / "report_template.html").read_text(encoding="utf-8")
-    page, rollouts = map(Template, template.split("<!-- $rollouts, for a run that has some -->"))
-    page = partial(page.substitute, title=escaped(run), progress=progress, curves=charts(rows),
-                   config=escaped(json.dumps(config, indent=1)))
-    if path is None:
-        return page(rollouts="")
-    for fields in rollout_sections(path, run, config):
-        text = page(rollouts=rollouts.substitute(fields))
-        if len(text.encode()) <= MAX_BYTES:
+        fields["groups"] = "".join(group_section(group, text_of) for group in chosen)
+        page = Template(template).substitute(fields)
+        if len(page.encode()) <= MAX_BYTES:
             break
-    return text
+    return page
 
 
 def main():
