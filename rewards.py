@@ -407,7 +407,7 @@ def read(answer):
     try:
         tokens = tokenise(clean(answer))
         return Reader(tokens).answer()
-    except (Unreadable, RecursionError):
+    except (ValueError, RecursionError):
         return ("unread", tuple(tokens))
 
 
@@ -416,24 +416,19 @@ def read(answer):
 # "token spelling spelling ...": characters, commands, and commands without a backslash
 SPELLINGS = r"""
     * × · ⋅ ∙ • ∗ \cdot \times \ast \bullet   / ÷ ∕ ⁄ \div   - −   : ： \colon   < \lt   > \gt
-    \pm ±   \mp ∓   , 、 ， ； \land \wedge \lor \vee   \le ≤ ⩽ ≦ \leq \leqslant \leqq   \in ∈
-    \ge ≥ ⩾ ≧ \geq \geqslant \geqq   \ne ≠ \neq   \sim ∼
-    \equiv ≡   \to → \rightarrow   \implies ⇒ \Rightarrow   \cup ∪   \cap ∩   % \% ﹪
-    | ∣ \lvert \rvert \vert \mid   \{ \lbrace   \} \rbrace   [ \lbrack   ] \rbrack   ( \lparen
-    ) \rparen   \lfloor ⌊   \rfloor ⌋   \lceil ⌈   \rceil ⌉   \langle ⟨ 〈   \rangle ⟩ 〉
-    \frac \dfrac \tfrac \cfrac \nicefrac \sfrac   \binom \dbinom \tbinom   \sqrt √ sqrt
-    \tan \tg   \cot \ctg   \csc \cosec   \arcsin asin   \arccos acos   \arctan atan \arctg
-    \ln \log log   ∞ \infty inf infinity oo   ∅ Ø \emptyset \varnothing   ∠ \angle
-    △ ∆ \triangle   … ⋯ \dots \ldots \cdots   α \alpha alpha   β \beta beta   γ \gamma
-    δ \delta   ε ϵ \epsilon \varepsilon   ζ \zeta   η \eta   θ \theta \vartheta theta   ι \iota
-    κ \kappa   λ \lambda   μ µ \mu   ν \nu   ξ \xi   π \pi pi   ρ \rho \varrho   σ \sigma
-    τ \tau   υ \upsilon   φ ϕ \phi \varphi   χ \chi   ψ \psi   ω \omega   Γ \Gamma   Δ \Delta
-    Θ \Theta   Λ \Lambda   Ξ \Xi   Π \Pi   Σ \Sigma   Φ \Phi   Ψ \Psi   Ω \Omega
-    ħ \hbar   ℓ \ell   ⊙ \odot   ⋆ \star   ∇ \nabla   ℧ \mho"""
-LAYOUT = r"""\, \; \: \! \> \# \& \quad \qquad \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl
-    \Bigr \biggl \biggr \Biggl \Biggr \middle \displaystyle \textstyle \scriptstyle \limits
-    \nolimits \thinspace \medspace \thickspace \negthinspace \enspace \space \noindent \rm \bf \it
-    \boxed \ensuremath ~ " """.split() + ["\\ "]
+    \pm ±   \mp ∓   , ; 、 \land \wedge \lor \vee   \le ≤ ⩽ ≦ \leq \leqslant \leqq <=   \in ∈
+    \ge ≥ ⩾ ≧ \geq \geqslant \geqq >=   \ne ≠ \neq   ^ **   \to → \rightarrow   % \%
+    \cup ∪   \cap ∩   | ∣ \lvert \rvert \vert \mid   \{ \lbrace   \} \rbrace   [ \lbrack
+    ] \rbrack   ( \lparen   ) \rparen   \lfloor ⌊   \rfloor ⌋   \lceil ⌈   \rceil ⌉   \langle ⟨
+    \rangle ⟩   \frac \dfrac \tfrac \cfrac   \binom \dbinom \tbinom   \sqrt √ sqrt   \ln \log log
+    \arcsin asin   \arccos acos   \arctan atan   ∞ \infty inf infinity   ∅ \emptyset \nothing
+    ∠ \angle   △ \triangle   … \dots \ldots \cdots   α \alpha alpha   β \beta beta   γ \gamma
+    δ \delta   ε \epsilon   ζ \zeta   η \eta   θ \theta theta   κ \kappa   λ \lambda   μ \mu   ν \nu
+    ξ \xi   π \pi pi   ρ \rho   σ \sigma   τ \tau   φ \phi   χ \chi   ψ \psi   ω \omega   Γ \Gamma
+    Δ \Delta   Θ \Theta   Λ \Lambda   Ξ \Xi   Π \Pi   Σ \Sigma   Φ \Phi   Ψ \Psi   Ω \Omega
+    ħ \hbar   ℓ \ell   ⊙ \odot   ∇ \nabla"""
+LAYOUT = r"""\, \; \: \! \> \# \& \quad \qquad \left \right \middle \displaystyle \textstyle \limits
+    \thinspace \space \rm \bf \it \boxed ~ " """.split() + ["\\ "]
 TRIGONOMETRIC = set(r"\sin \cos \tan \cot \sec \csc".split())
 FUNCTIONS = TRIGONOMETRIC | set(r"\arcsin \arccos \arctan \ln \exp".split())
 SAME = {name[1:]: name for name in FUNCTIONS} | dict.fromkeys(LAYOUT, " ")
@@ -461,7 +456,7 @@ TYPED_UNITS = set("""mph unit people student way dog point time marble apple boo
 SIGNS = {"and": ",", "or": ",", "to": ":"}  # words that part members
 DIGITS = set("0123456789.")
 TOKEN = re.compile(r" +|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9.A-Za-z^]))?"
-                   r"""|\\[A-Za-z]+\*?|\\.|[A-Za-z]+|[-+*/^_()\[\]{}|!,;:=<>'%?~"]|[^\0-\x7f]""")
+                   r"""|\\[A-Za-z]+|\\.|[A-Za-z]+|[<>]=|\*\*|[-+*/^_()\[\]{}|!,;:=<>'%?~"]|[^\0-\x7f]""")
 WORD = re.compile(r"[A-Za-z][A-Za-z0-9.'-]*|[.?](?![0-9])")
 # 1{,}000 1,\!000 1\,000 1~000 1'000: one mark per number ...
 MARKED_THOUSANDS = re.compile(r"(?<![0-9.])[0-9]{1,3}(?=(\{, *(?:\\!)? *\}|, *\\!|\\[,;:> ]|~|'))"
@@ -471,57 +466,32 @@ PLAIN_THOUSANDS = re.compile(r"(?<![0-9.])(?<![0-9],)[0-9]{1,3}(?:(?:,[0-9]{3})+
                              r"(?![0-9]|,[0-9]| [0-9]| *(?:/|\\frac))")
 
 
-class Unreadable(ValueError):
-    """The answer is outside the reader's language."""
-
-
 # "pattern -> replacement   why", in this order; ~ is a blank
 REWRITES = r"""
     ^\s*\*\*([^*]+)\*\*\s*$ -> \1   markdown's bold
     [\u200b-\u200f\u202a-\u202e\u2060-\u2063\ufeff\u00ad€£¥₹¢] ->     invisible marks, currencies
     [−–—‐‑﹣] -> -   minus signs
-    [′’‘] -> '   primes
-    ½ -> \\frac12   and its like
-    ¼ -> \\frac14   ...
-    ¾ -> \\frac34   ...
+    [¼-¾⅓-⅞] -> ~\g<0>   2½, which NFKC then writes 2 1⁄2
     [⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+ -> ^{\g<0>}   raised digits
     [₀-₎ₙ]+ -> _{\g<0>}   and lowered ones
-    \\?\$|\\(?:left|right) *\.|(?<!\\)\\[()\[\]] -> ~   delimiters, dollars
-    \\[hv]space\*? *\{[^{}]*\}|\\[hv]?phantom *(?:\{[^{}]*\}|.) -> ~   layout
+    [′’‘]|\\prime(?![a-z]) -> '   primes ...
+    \^ *\{ *('[' ]*)\}|\^ *(?=') -> \1   ... raised
+    (?<=[0-9]) *'[' ]* ->     seconds of arc, feet
+    \\?\$|\\(?:left|right) *\.|(?<!\\)\\[()\[\]]|\\[bB]igg?[lr]?(?![a-z]) -> ~   delimiters, dollars
     \\begin *\{[pbB]?(?:small)?(?:matrix|array)\}(?: *\{[clr| ]*\})? -> \\matrix\\row~   brackets
     (?:\\\\ *)?\\end *\{[pbB]?(?:small)?(?:matrix|array)\} -> \\endrow\\endmatrix~   in them
     \\\\(?: *\[[0-9.]* *[a-z]{2}\])? -> \\endrow,\\row~   also \\[2pt]
     (?<!\\)& -> ,   between the entries of a row
-    \\lg(?![a-z]) -> \\log_{10}    log is natural
-    \^ *(?:\{ *(?:\\circ|°) *\}|\\circ(?![a-z])|°)|(?<=[0-9])\^(?:o\b|\{o\}) -> °   degrees
-    \\(?:text)?degree(?![a-z])|[º˚] -> °   the same
+    \\var(?=[a-z]) -> \\   \varphi
+    \^ *(\{ *)?(?:\\circ|°)(?![a-z])(?(1) *\})|\\(?:text)?degree(?![a-z])|[º˚] -> °   degrees
+    (?<=[0-9])\^(?:o\b|\{o\}) -> °   45^o
     °(?: |\\ )*([CF])\b -> °\\text{\1}   Celsius
-    \\prime(?![a-z]) -> '   primes ...
-    \^ *\{ *('[' ]*)\}|\^ *(?=') -> \1   ... raised
-    (?<=[0-9]) *'[' ]* ->     seconds of arc, feet
-    \^ *\{? *(?:\\(?:text|mathrm) *\{)? *(st|nd|rd|th)\b *\}? *\}? -> ~\\text{\1}   5th
-    ([_^]) *([0-9A-Za-z])(?![0-9.]) -> \1{\2}   \sum^n is \sum^{n}
-    \{ *: *\} -> :   8{:}30
-    \b([aApP])\. ?[mM]\b\.? -> \1m   p.m.
-    \b([fgh]) *\^ *\{? *- *1 *\}? *(?=\() -> \1_{-1}   f^{-1}(x) is no power
-    (?<![0-9A-Za-z\\{])([0-9]*[A-Z][0-9A-Z]+)(?= *_ *\{?1[1-6]) -> \\text{\1}   A5_{11}
     \\mathbb *\{? *R *\}?|ℝ -> (-\\infty,\\infty)   all numbers
     ((?:^|[,;])(?:(?!\\pi)[^,;0-9π])*)(?:\\(?:approx|simeq|cong)|[≈≅]) -> \1=   \theta \approx 5
     ([^ ,;]) *(?:\\(?:approx|simeq|cong)|[≈≅])[^,;]* -> \1   4\sqrt2 \approx 5.7
-    < *= -> \\le~   as typed
-    > *= -> \\ge~   as typed
-    \*\* -> ^   as typed
-    ([0-9.]) *[xX] *(?=10 *\^) -> \1*   3x10^8
-    (?<=[0-9]) *(?:\\(?:text|mbox) *\{ *)?million\b *\}? -> *10^6~   5 million
-    \{([^{}]*)\\over(?![a-z])([^{}]*)\} -> \\frac{\1}{\2}   {a \over b}
-    \{([^{}]*)\\choose(?![a-z])([^{}]*)\} -> \\binom{\1}{\2}   {n \choose k}
-    \\[dtc]?frac *([0-9])(?![0-9]{2}) * -> \\frac{\1}   \frac12 takes one digit ...
-    (\\[dtc]?frac *\{[^{}]*\}) *([0-9])(?![0-9.]) -> \1{\2}   ... for each part
-    (\\[dtc]?frac *\{[^{}]*\} *[0-9])(?=[0-9.]) -> \1?   \frac{1}23 is unclear"""
+    ([0-9.]) *[xX] *(?=10 *\^) -> \1*   3x10^8"""
 REWRITES = [(re.compile(pattern), new.replace("~", " ")) for pattern, new in re.findall(
     r"^ {4}(.+?) -> (.*?)   .+$", REWRITES, re.MULTILINE)]
-MIXED = re.compile(r"(?<![0-9.^_A-Za-z}])([0-9]+)(?:(?: |~|\\[ ,!;:])*\\[dtc]?frac *\{ *([0-9]+)"
-                   r" *\} *\{ *([0-9]+) *\}| +([0-9]+) */ *([0-9]+))")
 
 
 def clean(text):
@@ -534,17 +504,8 @@ def clean(text):
         text = pattern.sub(new, text)
     bracket = re.search(r"(?:[(\[]|\\\{|\\row)[^)\]]*,|$", text).start()
     before = PLAIN_THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[0]), text[:bracket])
-    text = before + text[bracket:]
-    text = unicodedata.normalize("NFKC", MIXED.sub(mixed, text))
+    text = unicodedata.normalize("NFKC", before + text[bracket:])
     return text.lstrip(" ,;:~").rstrip(" .,;:~\\")
-
-
-def mixed(found):
-    r"""2\frac14 and 2 1/4 are {2+\frac{1}{4}}; 2\frac54 is nothing."""
-    whole, top, bottom = filter(None, found.groups())
-    if not 0 < int(top) < int(bottom):
-        raise Unreadable("a number before a fraction that is not below 1")
-    return rf"{{{whole}+\frac{{{top}}}{{{bottom}}}}}"
 
 
 def tokenise(text, prose=False):
@@ -554,7 +515,7 @@ def tokenise(text, prose=False):
         word = WORD.match(text, at) if prose else None
         found = word or TOKEN.match(text, at)
         if not found or len(tokens) > MAX_TOKENS:
-            raise Unreadable(f"character {text[at]!r}, or too many tokens")
+            raise ValueError(f"character {text[at]!r}, or too many tokens")
         token, at = found[0] if word else SAME.get(found[0], found[0]), found.end()
         before = tokens[-1] if tokens else " "
         if word:
@@ -567,7 +528,7 @@ def tokenise(text, prose=False):
             content, at = argument(text, at)
             index = re.sub(r"\\text|\\mathrm|[{} ]", "", content)
             if not index or index.isdigit() and token != "_":
-                raise Unreadable(f"{token} of nothing, or a repeating decimal")
+                raise ValueError(f"{token} of nothing, or a repeating decimal")
             tokens.append((tokens.pop() if token == "_" else "$") + token + index)
         elif token == "'" and before[0] == "$":
             tokens[-1] += "'"
@@ -628,12 +589,12 @@ BRACKETS = {(opening, closing): style for opening, closing, style in map(str.spl
     """.split(";"))}
 OPENING = {opening for opening, _ in BRACKETS}
 CLOSING = {closing for _, closing in BRACKETS} - {"|"} | {""}
-ENDS = CLOSING | set(LEVELS[0].split()) | {",", ";"}
+ENDS = CLOSING | set(LEVELS[0].split()) | {","}
 STARTS = FUNCTIONS | OPENING - {r"\{"} | {r"\frac", r"\binom", r"\sqrt"}
 CONSTANTS = {name: ("const", name) for name in "eiπ∞"} | {"∅": ("seq", "set")}
 CALL = re.compile(r"(?:[fghFGHP]'*|[fgh]_-1)\(|[A-Za-z]'*\(\$?[A-Za-z0]\)")  # f(...), I(0)
 # words with powers, * and /; but 5 thousand is not 5, and x if x > 0 is not x
-UNITS_TEXT = re.compile(r"([/*] )*((?!(?:if|when|where|for|not|mod|is|hundred|thousand|trillion)\b)"
+UNITS_TEXT = re.compile(r"([/*] )*((?!(?:if|when|where|for|not|mod|is|hundred|thousand|[mb]illion|trillion)\b)"
                         r"[A-Za-z%-]+ (\^ (- )?[0-9] )?([/*] )*)+")
 
 
@@ -641,7 +602,7 @@ class Reader:
     """
     A Pratt parser: one loop, in which the operator that binds more tightly takes the operand.
 
-    Every method reads from the tokens what its name says, or raises Unreadable.
+    Every method reads from the tokens what its name says, or raises ValueError.
     """
 
     def __init__(self, tokens):
@@ -655,7 +616,7 @@ class Reader:
 
     def take(self):
         if not self.next:
-            raise Unreadable("it ends too early")
+            raise ValueError("it ends too early")
         self.at += 1
         return self.tokens[self.at - 1]
 
@@ -670,20 +631,15 @@ class Reader:
     def answer(self):
         members = self.members()
         if self.next or not members:
-            raise Unreadable("nothing, or more than an answer")
+            raise ValueError("nothing, or more than an answer")
         return members[0] if len(members) == 1 else ("seq", "list", *members)
 
     def members(self):
         """Items, with commas between them, up to a closing bracket."""
-        found = []
-        while True:
-            while self.took(",", ";"):
-                pass
-            if self.at_end(CLOSING):
-                return found
-            found.append(self.item())
-            if self.next not in (",", ";"):
-                return found
+        found = [] if self.at_end(CLOSING | {","}) else [self.item()]
+        while self.took(","):
+            found += [] if self.at_end(CLOSING | {","}) else [self.item()]
+        return found
 
     def item(self):
         """One member: an expression or relation, and its unit."""
@@ -718,7 +674,7 @@ class Reader:
             return self.units(left)
         if token not in BINDING:  # two factors side by side
             if token[0] in DIGITS and self.tokens[self.at - 1] not in (")", "]"):
-                raise Unreadable("a number after a factor")
+                raise ValueError("a number after a factor")
             return product(left, self.expression(PRODUCT))
         self.take()
         if binding == POWER:
@@ -739,8 +695,8 @@ class Reader:
             return ("op", "!", left)
         if token == "_":  # 204_5
             base = self.operand()
-            if left[0] != "num" or base[0] != "num":
-                raise Unreadable("an index of what is no name")
+            if left[0] != "num" or base[0] != "num" or left[1].denominator != 1:
+                raise ValueError("an index of what is no name")
             return left if base == number(10) else ("base", (left, base))
         if token == "°" and self.angles:  # in sin 30 degrees a factor, elsewhere a unit
             return product(left, quotient(CONSTANTS["π"], number(180)))
@@ -754,7 +710,7 @@ class Reader:
         text = " ".join(name or word for name, word in zip(names, words, strict=True)) + " "
         unknown = words[0] in ("/", "*") and not names[1]  # x/y is no x
         if unknown or not UNITS_TEXT.fullmatch(text):
-            raise Unreadable(f"{text} is no unit")
+            raise ValueError(f"{text} is no unit")
         text = re.sub(r"\b(?:square|sq) (\S+)", r"\1 ^ 2", text)
         text = re.sub(r"\bcubic (\S+)", r"\1 ^ 3", text)
         self.unit = text.strip() if any(names) else self.unit
@@ -769,7 +725,7 @@ class Reader:
     def operand(self):
         token = self.take()
         if token[0] in DIGITS:
-            return number(token)
+            return self.number(token)
         if token[0] == "$":
             return self.name(token[1:])
         if token[0] == '"':
@@ -779,14 +735,33 @@ class Reader:
         if token in OPENING:
             return self.bracket(token)
         if token == r"\frac":
-            return quotient(self.operand(), self.operand())
+            return quotient(self.part(), self.part())
         if token == r"\binom":
             return ("op", "binom", self.operand(), self.operand())
         if token == r"\sqrt":
             return self.root()
         if token in FUNCTIONS:
             return self.function(token)
-        raise Unreadable(f"{token!r} is not the start of a value")
+        raise ValueError(f"{token!r} is not the start of a value")
+
+    def number(self, token):
+        r"""A number; 2\frac14 and 2 1/4 are 2 + 1/4, and 2\frac54 is nothing."""
+        whole, mark, after = number(token), self.tokens[self.at - 2], self.next
+        if mark in ("^", "_") or not token.isdigit() or not (after == r"\frac" or after.isdigit()):
+            return whole
+        part = self.operand() if after == r"\frac" else self.expression(SUM)
+        if part[0] != "num" and after == r"\frac":
+            return product(whole, part)
+        if part[0] != "num" or not 0 < part[1] < 1:
+            raise ValueError("a number before what is no fraction below 1")
+        return number(whole[1] + part[1])
+
+    def part(self):
+        r"""An operand of \frac, where \frac12 is one digit for each."""
+        if self.next[:1] in DIGITS:
+            self.tokens[self.at:self.at + 1] = self.next
+            return number(self.take())
+        return self.operand()
 
     def words(self, word):
         """A lone letter, or a text up to the end of the item."""
@@ -834,7 +809,7 @@ class Reader:
         style = BRACKETS.get((opening, self.take()))
         self.bars, self.unit = outside
         if not style or not members and style != "set":
-            raise Unreadable("brackets that do not match, or are empty")
+            raise ValueError("brackets that do not match, or are empty")
         if len(members) > 1 or style not in ("()", "[]", "{}", "abs", "floor", "ceil"):
             return ("seq", style, *members)
         node = without_unit(members[0])
@@ -869,6 +844,8 @@ def product(a, b):
 
 
 def quotient(a, b):
+    if a[0] == b[0] == "num" and b[1] and a[1].denominator == b[1].denominator == 1:
+        return number(a[1] / b[1])
     return product(a, ("op", "^", b, number(-1)))
 
 
