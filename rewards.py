@@ -346,22 +346,18 @@ def gold_answer(answer):
     """
     if isinstance(answer, (list, tuple)):
         answer = answer[0] if answer else None
-    if answer is None or isinstance(answer, float) and not math.isfinite(answer):
-        return None
-    whole = isinstance(answer, float) and answer.is_integer()
-    answer = str(int(answer) if whole else answer).strip()
+    if isinstance(answer, float):
+        answer = str(answer).removesuffix(".0") if math.isfinite(answer) else None
+    answer = "" if answer is None else str(answer).strip()
     if "\\boxed" in answer:
         answer = extract_answer(answer) or ""
     elif "####" in answer:
         answer = answer.rpartition("####")[2].strip()
-    readable = answer and len(answer) <= MAX_CHARACTERS and read(answer)[0] != "unread"
-    return answer if readable and not is_sentence(answer) else None
-
-
-def is_sentence(text):
-    """Five words, or three with a verb among them: "The total is 72 dollars in the end."."""
-    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", re.sub(r"\\(begin|end)\{\w+\}", "", text))
-    return len(words) > 4 or len(words) > 2 and not VERBS.isdisjoint(map(str.lower, words))
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", re.sub(r"\\(begin|end)\{\w+\}", "", answer))
+    is_sentence = len(words) > 4 or len(words) > 2 and any(word.lower() in VERBS for word in words)
+    if not answer or is_sentence or len(answer) > MAX_CHARACTERS or read(answer)[0] == "unread":
+        return None
+    return answer
 
 
 VERBS = set("is are was were has have had will does costs gets makes because where which".split())
@@ -429,8 +425,8 @@ SPELLINGS = r"""
     ħ \hbar   ℓ \ell   ⊙ \odot   ∇ \nabla"""
 LAYOUT = r"""\, \; \: \! \> \# \& \quad \qquad \left \right \middle \displaystyle \textstyle \limits
     \thinspace \space \rm \bf \it \boxed ~ " """.split() + ["\\ "]
-TRIGONOMETRIC = set(r"\sin \cos \tan \cot \sec \csc".split())
-FUNCTIONS = TRIGONOMETRIC | set(r"\arcsin \arccos \arctan \ln \exp".split())
+TRIGONOMETRIC = set("sin cos tan cot sec csc".split())
+FUNCTIONS = {*r"\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \ln \exp".split()}
 SAME = {name[1:]: name for name in FUNCTIONS} | dict.fromkeys(LAYOUT, " ")
 for entry in re.split(r" {3}|\s*\n\s*", SPELLINGS.strip()):
     SAME |= dict.fromkeys(entry.split()[1:], entry.split()[0])
@@ -441,14 +437,15 @@ PROSE = set(r"""\text \textbf \textit \textrm \textsf \texttt \textnormal \textu
 ACCENTS = set(r"\overline \bar \vec \hat \dot \ddot \widehat \tilde \overrightarrow".split())
 # "name spellings", without the s of a plural.  Only these can contradict each other; any other word
 # after a number means nothing.
-UNITS = {spelling: line.split()[0] for line in """
+UNITS = """
     mm millimeter; cm centimeter centimetre; m meter metre; km kilometer kilometre; nm nanometer; in
     inch inche; ft foot feet; yd yard; mi mile; mg milligram; kg kilogram; g gram; lb pound; oz
     ounce; ml milliliter; l liter litre; gallon gal; quart; cup; ton; s sec second; min minute; h hr
     hour; day; week; month; yr year; am; pm; hz hertz; khz; mhz; j joule; kj; n newton; pa pascal; w
     watt; kw; v volt; a amp ampere; ohm; k kelvin; c celsiu; f fahrenheit; mol mole; deg degree; rad
-    radian; % percent percentage pct; dollar usd; cent; euro; kcal; ev; acre; / per
-    """.split(";") for spelling in line.split()}
+    radian; % percent percentage pct; dollar usd; cent; euro; kcal; ev; acre; / per"""
+UNITS = {spelling + ending: line.split()[0]
+         for line in UNITS.split(";") for spelling in line.split() for ending in ("", "s")}
 # other words that may follow a number without \text
 TYPED_UNITS = set("""mph unit people student way dog point time marble apple book car integer value
     pair solution th st nd rd sq square cubic per edge vertice number old coin game ball card ticket
@@ -560,16 +557,12 @@ def styled(command, content):
     return tokenise(content.rstrip(" .\\"), prose=not formula)
 
 
-def unit_name(word):
-    return UNITS.get(word.lower()) or UNITS.get(word.lower().removesuffix("s"))
-
-
 def letters(run, before):
     """Tokens of a run of letters: a comma or colon, a unit, a word, or a product."""
     after_value = before[0] in DIGITS | {'"'} or before[-1] in ")}%°/"
     if run.lower() in SIGNS and (run.lower() != "to" or after_value):
         return [SIGNS[run.lower()]]
-    is_unit = len(run) > 1 and (unit_name(run) or run.lower().removesuffix("s") in TYPED_UNITS)
+    is_unit = len(run) > 1 and (run.lower() in UNITS or run.lower().removesuffix("s") in TYPED_UNITS)
     starts = before == " " and run[0].isupper() and len(run) > 3  # LQSX, Even
     if starts or is_unit and (after_value or before[0] == "$" and len(run) > 3):
         return [f'"{run}']
@@ -582,11 +575,12 @@ def letters(run, before):
 LEVELS = [r"= < > \le \ge \ne \in \notin \sim \equiv \to \implies \subset \subseteq \perp",
           r"\cup \cap", ":", r"+ - \pm \mp", "* /", "^ ! _ % °"]
 BINDING = {token: n for n, tokens in enumerate(LEVELS, 1) for token in tokens.split()}
-RELATION, UNION, RATIO, SUM, PRODUCT, POWER, UNIT = range(1, 8)
+RELATION, UNION, RATIO, SUM, PRODUCT, _, UNIT = range(1, 8)
 BRACKETS = {(opening, closing): style for opening, closing, style in map(str.split, r"""
     ( ) (); [ ] []; { } {}; [ ) [); ( ] (]; \{ \} set; | | abs; \langle \rangle <>;
     \lfloor \rfloor floor; \lceil \rceil ceil; \row \endrow row; \matrix \endmatrix matrix
     """.split(";"))}
+UPWARD = {">": "<", r"\ge": r"\le"}
 OPENING = {opening for opening, _ in BRACKETS}
 CLOSING = {closing for _, closing in BRACKETS} - {"|"} | {""}
 ENDS = CLOSING | set(LEVELS[0].split()) | {","}
@@ -615,10 +609,9 @@ class Reader:
         return self.tokens[self.at]
 
     def take(self):
-        if not self.next:
-            raise ValueError("it ends too early")
-        self.at += 1
-        return self.tokens[self.at - 1]
+        token = self.next
+        self.at += token != ""
+        return token
 
     def took(self, *tokens):
         found = self.next in tokens
@@ -635,19 +628,18 @@ class Reader:
         return members[0] if len(members) == 1 else ("seq", "list", *members)
 
     def members(self):
-        """Items, with commas between them, up to a closing bracket."""
-        found = [] if self.at_end(CLOSING | {","}) else [self.item()]
-        while self.took(","):
-            found += [] if self.at_end(CLOSING | {","}) else [self.item()]
+        """Expressions and relations, with commas between them, up to a closing bracket."""
+        found = []
+        while self.took(",") or not found and not self.at_end(CLOSING):
+            if self.at_end(CLOSING | {","}):
+                continue
+            self.unit = None
+            self.took("=")  # "= 5"
+            node = self.expression()
+            if node[0] == "rel" and {*node[1]} <= UPWARD.keys():  # 2 < x for x > 2
+                node = ("rel", tuple(UPWARD[op] for op in node[1][::-1]), *node[:1:-1])
+            found.append(("unit", self.unit, node) if self.unit else node)
         return found
-
-    def item(self):
-        """One member: an expression or relation, and its unit."""
-        outer, self.unit = self.unit, None
-        self.took("=")  # "= 5"
-        node = self.expression()
-        unit, self.unit = self.unit, outer
-        return ("unit", unit, node) if unit else node
 
     def expression(self, strength=0):
         """An operand and all operators after it that bind more tightly than `strength`."""
@@ -661,11 +653,8 @@ class Reader:
         token = self.next
         if token[:1] == '"' or token in ("/", "*") and self.tokens[self.at + 1][:1] == '"':
             return UNIT
-        return BINDING.get(token) or PRODUCT * self.starts_factor()
-
-    def starts_factor(self):
-        token = self.next
-        return token in STARTS and not self.at_end() or token[:1] == "$" or token[:1] in DIGITS
+        factor = token in STARTS and not self.at_end() or token[:1] == "$" or token[:1] in DIGITS
+        return BINDING.get(token, PRODUCT * factor)
 
     def operation(self, left, binding):
         """`left` joined with the next operator and what belongs to it."""
@@ -677,22 +666,10 @@ class Reader:
                 raise ValueError("a number after a factor")
             return product(left, self.expression(PRODUCT))
         self.take()
-        if binding == POWER:
-            return self.postfix(left, token)
-        right = self.expression(binding)
-        if binding == RELATION:
-            return related(left, token, right)
-        if binding in (UNION, RATIO):
-            return joined("seq", token, left, right)
-        if token in ("*", "/"):
-            return product(left, right) if token == "*" else quotient(left, right)
-        return joined("op", "+", left, signed(token, right))
-
-    def postfix(self, left, token):
         if token == "^":
             return ("op", "^", left, self.operand())
         if token == "!":
-            return ("op", "!", left)
+            return ("op", "factorial", left)
         if token == "_":  # 204_5
             base = self.operand()
             if left[0] != "num" or base[0] != "num" or left[1].denominator != 1:
@@ -700,13 +677,23 @@ class Reader:
             return left if base == number(10) else ("base", (left, base))
         if token == "°" and self.angles:  # in sin 30 degrees a factor, elsewhere a unit
             return product(left, quotient(CONSTANTS["π"], number(180)))
-        self.unit = "deg" if token == "°" else token
-        return left
+        if token in ("°", "%"):
+            self.unit = "deg" if token == "°" else token
+            return left
+        right = self.expression(binding)
+        if binding == RELATION:
+            ops, *sides = left[1:] if left[0] == "rel" else ((), left)
+            return ("rel", (*ops, token), *sides, right)
+        if binding in (UNION, RATIO):
+            return joined("seq", token, left, right)
+        if token in ("*", "/"):
+            return product(left, right) if token == "*" else quotient(left, right)
+        return joined("op", "+", left, signed(token, right))
 
     def units(self, left):
         """The words up to the end of the item: cm, square cm, kcal m^-2 yr^-1, miles / hour."""
         words = [word.strip('"') for word in self.rest() if word not in ("{", "}")]
-        names = [unit_name(word) for word in words]
+        names = [UNITS.get(word.lower()) for word in words]
         text = " ".join(name or word for name, word in zip(names, words, strict=True)) + " "
         unknown = words[0] in ("/", "*") and not names[1]  # x/y is no x
         if unknown or not UNITS_TEXT.fullmatch(text):
@@ -718,18 +705,18 @@ class Reader:
 
     def rest(self):
         start, depth = self.at, 0
-        while depth or not self.at_end():
+        while self.next and (depth or not self.at_end()):
             depth += {"{": 1, "}": -1}.get(self.take(), 0)
         return self.tokens[start:self.at]
 
     def operand(self):
         token = self.take()
-        if token[0] in DIGITS:
+        if token[:1] in DIGITS:
             return self.number(token)
-        if token[0] == "$":
+        if token[:1] == "$" or token[:1] == '"' != self.next[:1] and len(token) == 2:
             return self.name(token[1:])
-        if token[0] == '"':
-            return self.words(token[1:])
+        if token[:1] == '"':
+            return ("text", re.sub(r'["${}]', "", token + "".join(self.rest())).lower())
         if token in ("+", "-", r"\pm", r"\mp"):
             return signed(token, self.expression(PRODUCT))
         if token in OPENING:
@@ -737,11 +724,12 @@ class Reader:
         if token == r"\frac":
             return quotient(self.part(), self.part())
         if token == r"\binom":
-            return ("op", "binom", self.operand(), self.operand())
+            return ("op", "binomial", self.operand(), self.operand())
         if token == r"\sqrt":
-            return self.root()
+            index = self.operand() if self.next == "[" else number(2)
+            return ("op", "root", self.operand(), index)
         if token in FUNCTIONS:
-            return self.function(token)
+            return self.function(token[1:].replace("arc", "a"))
         raise ValueError(f"{token!r} is not the start of a value")
 
     def number(self, token):
@@ -763,24 +751,11 @@ class Reader:
             return number(self.take())
         return self.operand()
 
-    def words(self, word):
-        """A lone letter, or a text up to the end of the item."""
-        if self.next[:1] != '"' and len(word) == 1:
-            return self.name(word)
-        return ("text", re.sub(r'["${}]', "", "".join((word, *self.rest()))).lower())
-
     def name(self, name):
         """A constant, a variable, or an unknown function: f(x), I(0)."""
         if CALL.match(name + "".join(self.tokens[self.at:self.at + 3])):
             return ("call", name, self.operand())
         return CONSTANTS.get(name) or ("var", name)
-
-    def root(self):
-        index = number(2)
-        if self.took("["):
-            index = self.expression()
-            self.took("]")
-        return ("op", "root", self.operand(), index)
 
     def function(self, name):
         marks = {}
@@ -796,7 +771,7 @@ class Reader:
                 inside = product(inside, self.expression(PRODUCT))
         self.angles -= name in TRIGONOMETRIC
         if marks.get("^") == number(-1) and name in TRIGONOMETRIC:
-            return ("op", rf"\arc{name[1:]}", inside)
+            return ("op", f"a{name}", inside)
         node = ("op", name, inside)
         if "_" in marks:
             node = quotient(node, ("op", name, marks["_"]))
@@ -847,12 +822,6 @@ def quotient(a, b):
     if a[0] == b[0] == "num" and b[1] and a[1].denominator == b[1].denominator == 1:
         return number(a[1] / b[1])
     return product(a, ("op", "^", b, number(-1)))
-
-
-def related(left, op, right):
-    """One more side of a chain a = b < c."""
-    ops, *sides = left[1:] if left[0] == "rel" else ((), left)
-    return ("rel", (*ops, op), *sides, right)
 
 
 # ----- trees compared part by part; p is of the prediction, g of the gold answer
@@ -956,38 +925,19 @@ def stated_values(relation):
     return [] if any(map(variables, values)) else values
 
 
-UPWARD = {">": "<", r"\ge": r"\le"}
-
-
-def upward(relation):
-    """2 < x for x > 2."""
-    tag, ops, *sides = relation
-    if ops and set(ops) <= UPWARD.keys():
-        return (tag, tuple(UPWARD[op] for op in reversed(ops)), *reversed(sides))
-    return relation
-
-
 def same_relation(p, g):
-    """The same sides; or one is a multiple of the other."""
-    (_, p_ops, *ps), (_, g_ops, *gs) = upward(p), upward(g)
-    if p_ops != g_ops:
-        return False
-    return same_each(ps, gs) or len(p_ops) == 1 and same_multiple(p_ops[0], ps, gs)
-
-
-def same_multiple(op, ps, gs):
-    """Is left - right the same up to a constant factor, which an inequality needs positive?"""
-    if op not in ("=", r"\ne", "<", r"\le") or "seq" in {side[0] for side in (*ps, *gs)}:
-        return False
+    """The same sides; or left - right is the same up to a factor, which < needs positive."""
+    (_, (op, *more), *ps), (_, g_ops, *gs) = p, g
+    if (op, *more) != g_ops or same_each(ps, gs) or more:
+        return (op, *more) == g_ops and same_each(ps, gs)
     p, g = (joined("op", "+", left, negated(right)) for left, right in (ps, gs))
     try:
         factor = evaluate(quotient(p, g), coordinate)
     except ArithmeticError:
         return False
     positive = MP.im(factor) == 0 and MP.re(factor) > 0
-    if not variables(p) or not factor or not positive and op not in ("=", r"\ne"):
-        return False
-    return same_expression(p, product(("num", factor), g))
+    allowed = factor and op in ("=", r"\ne") or positive and op in ("<", r"\le")
+    return bool(allowed and variables(p)) and same_expression(p, product(("num", factor), g))
 
 
 # ----- two expressions are equal if they agree at random points: exactly where all is rational,
@@ -1003,7 +953,7 @@ NUMBERS = {"π": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}
 def same_expression(p, g):
     names = variables(p) | variables(g)
     both = ("op", "", p, g)
-    whole = contains(both, "!", "binom") or all(contains(x, "floor", "ceil") for x in (p, g))
+    whole = contains(both, "factorial", "binomial") or all(contains(x, "floor", "ceil") for x in (p, g))
     signed = contains(both, "abs")
     wanted = 0 if not names else 29 if whole or signed else 2
     for k in range(3 * wanted + 1):
@@ -1014,19 +964,13 @@ def same_expression(p, g):
             continue
         if k % 2 and (MP.im(a) or MP.im(b)):
             continue  # a root or logarithm of a negative variable, which is not meant
-        if not close(a, b):
+        exact = isinstance(a, Fraction) and isinstance(b, Fraction)
+        if not (a == b if exact else MP.almosteq(MP.convert(a), MP.convert(b), TOLERANCE, 0)):
             return False
         if wanted == 0:
             return True
         wanted -= 1
     return False
-
-
-def close(a, b):
-    """Equal, or to 30 digits."""
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return a == b
-    return MP.almosteq(MP.convert(a), MP.convert(b), TOLERANCE, 0)
 
 
 @functools.lru_cache(maxsize=2048)
@@ -1112,18 +1056,17 @@ def root(x, n):
 
 
 def function(name, *values):
-    r"""mpmath's function of the name: \arcsin is its asin."""
+    """mpmath's function of the name."""
     values = [MP.convert(x) for x in values]
     if name in ("floor", "ceil") and MP.almosteq(*values, MP.nint(*values), TOLERANCE):
         return MP.nint(*values)  # log2(8) is 3, however it was rounded
-    if name != r"\ln" and any(x and MP.mag(x) > MAX_ARGUMENT_BITS for x in values):
+    if name != "ln" and any(x and MP.mag(x) > MAX_ARGUMENT_BITS for x in values):
         raise OverflowError("a large argument")
-    return getattr(MP, MPMATH_NAMES.get(name, name).strip("\\").replace("arc", "a"))(*values)
+    return getattr(MP, name)(*values)
 
 
 OPERATIONS = {"+": add, "*": operator.mul, "^": power, "root": root, "neg": operator.neg,
               "abs": abs}
-MPMATH_NAMES = {"!": "factorial", "binom": "binomial"}
 
 
 # --------------------------------------------------------------------------------------------------
