@@ -276,21 +276,20 @@ def weighted_totals(parts, correct, rewards):
 #
 #    box -> text -> tokens -> tree -> verdict.  Trees are tuples (tag, label, *parts):
 #
-#    num value    var x    const pi|e|i|infinity    text evenorodd    base (digits, base)
-#    op + | * | / | ^ | neg | pm | mp | sin ...    call f, with its arguments    unit cm^2, a value
+#    num value    var x    const π|e|i    text evenorodd    itself infinity | (digits, base)
+#    op + | * | ^ | pm | mp | sin ...    call f, with its arguments    unit cm^2, a value
 #    seq list | set | () | [] | [) | (] | <> | matrix | row | : | \cup | \cap, with its members
 #    rel ("<", "<=", ...), with its sides    unread (tokens): equal only to the same tokens
 #
 #    What counts as equal, and where the line is (tests/test_grading.py has hundreds of pairs):
-#    - units, $, degrees and % may be left out (10 = 10%, but 28% is not 0.28); another unit is
-#      another answer
+#    - units, $, degrees and % may be left out (10 = 10%, but 28% is not 0.28), not exchanged
 #    - x = 5 is 5 and y = 2x + 3 is 2x + 3; z = 5 and 2t + 3 are not
 #    - \{1,2\} = 1,2 in any order; (1,2) and [1,2] are neither that nor each other
 #    - 204_5 is not 204;  1:2 is neither 1/2 nor 2:4;  an inequality is not an interval
 #    - 2 + 4 = 6: unsimplified is still right; a comma never marks decimals
 #    - a decimal is that number: 0.33333333 is not 1/3; a repeating decimal cannot be read
 #    - a choice may bring its text: "C) 12" is C; but not a second letter, "C) or D)"
-#    Sums, integrals, limits and set-builder notation are equal only as the same tokens.
+#    - sums, integrals, limits and set-builder notation are equal only as the same tokens
 # --------------------------------------------------------------------------------------------------
 
 # Bounds, each checked before the work it limits.
@@ -402,7 +401,11 @@ def read(answer):
     tokens = answer
     try:
         tokens = tokenise(clean(answer))
-        return Reader(tokens).answer()
+        reader = Reader(tokens)
+        members = reader.members()
+        if reader.next or not members:
+            raise ValueError("nothing, or more than an answer")
+        return members[0] if len(members) == 1 else ("seq", "list", *members)
     except (ValueError, RecursionError):
         return ("unread", tuple(tokens))
 
@@ -430,10 +433,9 @@ FUNCTIONS = {*r"\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \ln \exp".
 SAME = {name[1:]: name for name in FUNCTIONS} | dict.fromkeys(LAYOUT, " ")
 for entry in re.split(r" {3}|\s*\n\s*", SPELLINGS.strip()):
     SAME |= dict.fromkeys(entry.split()[1:], entry.split()[0])
-FONTS = set(r"""\mathit \mathtt \boldsymbol \bm \mathcal \mathscr \mathfrak \mathbb \mathbf \mathsf
-    \operatorname""".split())
+FONTS = set(r"\mathit \mathtt \boldsymbol \bm \mathcal \mathbb \mathbf \mathsf".split())
 PROSE = set(r"""\text \textbf \textit \textrm \textsf \texttt \textnormal \textup \mbox \hbox \emph
-    \underline \mathrm""".split())
+    \underline \mathrm \operatorname""".split())
 ACCENTS = set(r"\overline \bar \vec \hat \dot \ddot \widehat \tilde \overrightarrow".split())
 # "name spellings", without the s of a plural.  Only these can contradict each other; any other word
 # after a number means nothing.
@@ -520,7 +522,10 @@ def tokenise(text, prose=False):
             tokens += [SIGNS.get(word.lower(), f'"{word}')] if word else []
         elif token in PROSE or token in FONTS:
             content, at = argument(text, at)
-            tokens += styled(token, content)
+            content = content.strip().rstrip(" .\\")
+            name = token in FONTS or content in SAME or content in tuple("eid")
+            formula = re.search(r"[+=^_]|[-/][0-9]|\\[A-Za-z]|[0-9][A-Za-z]", content)
+            tokens += tokenise(content, prose=not (name or formula))
         elif token in ACCENTS or token == "_" and before[0] == "$":  # part of a name
             content, at = argument(text, at)
             index = re.sub(r"\\text|\\mathrm|[{} ]", "", content)
@@ -538,23 +543,12 @@ def tokenise(text, prose=False):
 
 def argument(text, at):
     """(argument, its end) of the command that ends at `at`: a group in braces or one token."""
-    while text[at:at + 1] == " ":
-        at += 1
-    if text[at:at + 1] == "{" and (content := braced(text, at)) is not None:
+    at += len(text[at:]) - len(text[at:].lstrip(" "))
+    content = braced(text, at) if text[at:at + 1] == "{" else None
+    if content is not None:
         return content, at + len(content) + 2
     found = TOKEN.match(text, at)
     return (found[0], found.end()) if found else ("", at)
-
-
-def styled(command, content):
-    r"""Tokens of the content of \text{...} or of a font such as \mathbf{...}."""
-    name = content.strip()
-    if len(name) == 1 and name.isalpha() and (command in FONTS or name in "eid"):
-        return ["$" + name]
-    if name in SAME and name.isalpha():  # \operatorname{arcsin}
-        return tokenise(name)
-    formula = re.search(r"[+=^_]|[-/][0-9]|\\[A-Za-z]|[0-9][A-Za-z]", content)
-    return tokenise(content.rstrip(" .\\"), prose=not formula)
 
 
 def letters(run, before):
@@ -585,11 +579,12 @@ OPENING = {opening for opening, _ in BRACKETS}
 CLOSING = {closing for _, closing in BRACKETS} - {"|"} | {""}
 ENDS = CLOSING | set(LEVELS[0].split()) | {","}
 STARTS = FUNCTIONS | OPENING - {r"\{"} | {r"\frac", r"\binom", r"\sqrt"}
-CONSTANTS = {name: ("const", name) for name in "eiπ∞"} | {"∅": ("seq", "set")}
-CALL = re.compile(r"(?:[fghFGHP]'*|[fgh]_-1)\(|[A-Za-z]'*\(\$?[A-Za-z0]\)")  # f(...), I(0)
+CONSTANTS = {name: ("const", name) for name in "eiπ"}
+CONSTANTS |= {"∞": ("itself", "∞"), "∅": ("seq", "set")}
+CALL = re.compile(r"[fghFGHP]'*\(|[A-Za-z]'*\(\$?[A-Za-z0]\)")  # f(...), I(0)
 # words with powers, * and /; but 5 thousand is not 5, and x if x > 0 is not x
-UNITS_TEXT = re.compile(r"([/*] )*((?!(?:if|when|where|for|not|mod|is|hundred|thousand|[mb]illion|trillion)\b)"
-                        r"[A-Za-z%-]+ (\^ (- )?[0-9] )?([/*] )*)+")
+UNITS_TEXT = re.compile(r"([/*] )*((?!(?:if|when|where|for|not|mod|is|hundred|thousand|[mb]illion|"
+                        r"trillion)\b)[A-Za-z%-]+ (\^ (- )?[0-9] )?([/*] )*)+")
 
 
 class Reader:
@@ -613,28 +608,18 @@ class Reader:
         self.at += token != ""
         return token
 
-    def took(self, *tokens):
-        found = self.next in tokens
-        self.at += found
-        return found
-
     def at_end(self, ends=ENDS):
         return self.next in ends or self.next == "|" and self.bars > 0
-
-    def answer(self):
-        members = self.members()
-        if self.next or not members:
-            raise ValueError("nothing, or more than an answer")
-        return members[0] if len(members) == 1 else ("seq", "list", *members)
 
     def members(self):
         """Expressions and relations, with commas between them, up to a closing bracket."""
         found = []
-        while self.took(",") or not found and not self.at_end(CLOSING):
+        while self.next == "," or not (found or self.at_end(CLOSING)):
+            self.at += self.next == ","
             if self.at_end(CLOSING | {","}):
                 continue
             self.unit = None
-            self.took("=")  # "= 5"
+            self.at += self.next == "="  # of "= 5"
             node = self.expression()
             if node[0] == "rel" and {*node[1]} <= UPWARD.keys():  # 2 < x for x > 2
                 node = ("rel", tuple(UPWARD[op] for op in node[1][::-1]), *node[:1:-1])
@@ -674,7 +659,7 @@ class Reader:
             base = self.operand()
             if left[0] != "num" or base[0] != "num" or left[1].denominator != 1:
                 raise ValueError("an index of what is no name")
-            return left if base == number(10) else ("base", (left, base))
+            return left if base == number(10) else ("itself", (left, base))
         if token == "°" and self.angles:  # in sin 30 degrees a factor, elsewhere a unit
             return product(left, quotient(CONSTANTS["π"], number(180)))
         if token in ("°", "%"):
@@ -727,7 +712,7 @@ class Reader:
             return ("op", "binomial", self.operand(), self.operand())
         if token == r"\sqrt":
             index = self.operand() if self.next == "[" else number(2)
-            return ("op", "root", self.operand(), index)
+            return ("op", "^", self.operand(), quotient(number(1), index))
         if token in FUNCTIONS:
             return self.function(token[1:].replace("arc", "a"))
         raise ValueError(f"{token!r} is not the start of a value")
@@ -798,12 +783,9 @@ def number(value):
     return ("num", Fraction(value))
 
 
-def negated(node):
-    return ("num", -node[1]) if node[0] == "num" else ("op", "neg", node)
-
-
 def signed(sign, node):
-    return {"+": node, "-": negated(node)}.get(sign) or ("op", sign, node)
+    r"""+x, -x, \pm x, \mp x"""
+    return node if sign == "+" else product(number(-1), node) if sign == "-" else ("op", sign, node)
 
 
 def joined(tag, label, left, right):
@@ -815,13 +797,17 @@ def product(a, b):
     """a * b; a number times a matrix multiplies its entries."""
     if b[:2] in (("seq", "matrix"), ("seq", "row")):
         return (*b[:2], *(product(a, part) for part in b[2:]))
+    if a[0] == b[0] == "num" and bits(a[1]) + bits(b[1]) < MAX_BITS:
+        return number(a[1] * b[1])
     return joined("op", "*", a, b)
 
 
 def quotient(a, b):
-    if a[0] == b[0] == "num" and b[1] and a[1].denominator == b[1].denominator == 1:
-        return number(a[1] / b[1])
-    return product(a, ("op", "^", b, number(-1)))
+    return product(a, number(1 / b[1]) if b[0] == "num" and b[1] else ("op", "^", b, number(-1)))
+
+
+def bits(x):
+    return max(x.numerator.bit_length(), x.denominator.bit_length())
 
 
 # ----- trees compared part by part; p is of the prediction, g of the gold answer
@@ -867,16 +853,11 @@ def members_of(node):
             for member in dict.fromkeys((with_sign(part, r"\pm"), with_sign(part, r"\mp")))]
 
 
-def contains(node, *labels):
-    return node[0] == "op" and node[1] in labels or any(
-        contains(part, *labels) for part in node[2:])
-
-
 def with_sign(node, positive):
     r"""The tree with all \pm and \mp, which are linked, read as + or -."""
     node = (*node[:2], *(with_sign(part, positive) for part in node[2:]))
     if node[:2] in (("op", r"\pm"), ("op", r"\mp")):
-        return node[2] if node[1] == positive else negated(node[2])
+        return node[2] if node[1] == positive else signed("-", node[2])
     return node
 
 
@@ -927,17 +908,18 @@ def stated_values(relation):
 
 def same_relation(p, g):
     """The same sides; or left - right is the same up to a factor, which < needs positive."""
-    (_, (op, *more), *ps), (_, g_ops, *gs) = p, g
-    if (op, *more) != g_ops or same_each(ps, gs) or more:
-        return (op, *more) == g_ops and same_each(ps, gs)
-    p, g = (joined("op", "+", left, negated(right)) for left, right in (ps, gs))
+    (_, p_ops, *ps), (_, g_ops, *gs) = p, g
+    if p_ops != g_ops or len(p_ops) > 1 or same_each(ps, gs):
+        return p_ops == g_ops and same_each(ps, gs)
+    p, g = (joined("op", "+", left, signed("-", right)) for left, right in (ps, gs))
     try:
         factor = evaluate(quotient(p, g), coordinate)
     except ArithmeticError:
         return False
     positive = MP.im(factor) == 0 and MP.re(factor) > 0
-    allowed = factor and op in ("=", r"\ne") or positive and op in ("<", r"\le")
-    return bool(allowed and variables(p)) and same_expression(p, product(("num", factor), g))
+    allowed = ("=", r"\ne", "<", r"\le") if positive else ("=", r"\ne") if factor else ()
+    return p_ops[0] in allowed and bool(variables(p)) and same_expression(
+        p, product(("num", factor), g))
 
 
 # ----- two expressions are equal if they agree at random points: exactly where all is rational,
@@ -947,37 +929,41 @@ MP = mpmath.MPContext()  # our own, so that nobody's mpmath.mp.dps changes a ver
 MP.dps = 50
 LOCK = threading.Lock()  # mpmath caches its constants without one
 TOLERANCE = MP.mpf(10) ** -30
+ODD_ROOTS = {MP.mpf(1) / n for n in (3, 5, 7)}
 NUMBERS = {"π": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}
 
 
 def same_expression(p, g):
-    names = variables(p) | variables(g)
-    both = ("op", "", p, g)
-    whole = contains(both, "factorial", "binomial") or all(contains(x, "floor", "ceil") for x in (p, g))
-    signed = contains(both, "abs")
-    wanted = 0 if not names else 29 if whole or signed else 2
-    for k in range(3 * wanted + 1):
+    """Do two expressions agree at random points?"""
+    whole = all(labels(tree) & {("op", "floor"), ("op", "ceil")} for tree in (p, g))
+    signed = ("op", "abs") in labels(p) | labels(g)
+    needed = 1 if not variables(p) | variables(g) else 30 if whole or signed else 4
+    for k in range(4 * needed):
         point = functools.partial(coordinate, k=k, whole=whole, signed=signed)
         try:
             a, b = evaluate(p, point), evaluate(g, point)
         except (ArithmeticError, ValueError):  # a pole or a bound: try another point
             continue
-        if k % 2 and (MP.im(a) or MP.im(b)):
+        if k % 4 and (MP.im(a) or MP.im(b)):
             continue  # a root or logarithm of a negative variable, which is not meant
         exact = isinstance(a, Fraction) and isinstance(b, Fraction)
         if not (a == b if exact else MP.almosteq(MP.convert(a), MP.convert(b), TOLERANCE, 0)):
             return False
-        if wanted == 0:
+        needed -= 1
+        if needed == 0:
             return True
-        wanted -= 1
     return False
 
 
 @functools.lru_cache(maxsize=2048)
+def labels(node):
+    """(tag, label) of every node of a tree."""
+    return {node[:2]}.union(*map(labels, node[2:]))
+
+
 def variables(node):
     """Names of the variables and unknown functions of a tree."""
-    own = {node[1]} if node[0] in ("var", "call") else set()
-    return own.union(*map(variables, node[2:]))
+    return {label for tag, label in labels(node) if tag in ("var", "call")}
 
 
 @functools.lru_cache(maxsize=8192)
@@ -986,10 +972,10 @@ def coordinate(name, k=0, whole=False, signed=False):
     if whole:  # without repetition: floor(n/8) and floor((n+1)/8) differ at every eighth number
         return Fraction(random.Random(name).sample(range(3, 41), 38)[k % 38])
     draw = random.Random(f"{name} {k}")
-    value = Fraction(draw.randint(501, 3999), 997)
-    # sqrt(x^2) is not x, but sqrt(r^2) is r: other letters are lengths and the like
-    negative = draw.random() < 0.5 if signed else name in ("x", "y", "z")
-    return -value if k % 2 and negative else value
+    value = Fraction(draw.randint(501, 3999), draw.choice((97, 997, 3989)) if signed else 997)
+    # sqrt(x^2 y^2) is not xy, but sqrt(r^2) is r: other letters are lengths and the like
+    negative = draw.random() < 0.5 if signed else name == " xyz"[k % 4]
+    return -value if k % 4 and negative else value
 
 
 def evaluate(node, point):
@@ -1002,39 +988,32 @@ def evaluate(node, point):
         return label
     if tag == "var":
         return point(label)
-    if tag == "const" and label in NUMBERS:
+    if tag == "const":
         return NUMBERS[label]
     if tag not in ("op", "call"):
         raise OverflowError(f"{tag} has no value")
     values = [evaluate(part, point) for part in parts]
     if tag == "call":  # an unknown function has a random value for each argument
         return point(f"{label} of {[MP.nstr(MP.convert(x), 25) for x in values]}")
-    return functools.reduce(functools.partial(apply, label), values) if label in "+*" else apply(
-        label, *values)
+    if label in "+*":
+        return functools.reduce(functools.partial(apply, label), values)
+    return apply(label, *values)
 
 
 def apply(name, *values):
     """One operation, on Fractions or on mpmath numbers."""
-    if not all(isinstance(x, Fraction) for x in values):
+    exact = all(isinstance(x, Fraction) for x in values)
+    if not exact:
         values = [MP.convert(x) for x in values]
+    # the smaller one would be lost, and 10^40 + pi equal to 10^40
+    if name == "+" and not exact and all(values) and abs(MP.mag(values[0]) - MP.mag(values[1])) > 96:
+        raise OverflowError("a sum of very different sizes")
     value = OPERATIONS[name](*values) if name in OPERATIONS else function(name, *values)
-    if isinstance(value, Fraction):
-        if bits(value) > MAX_BITS:
-            raise OverflowError("too many digits")
-    elif not MP.isfinite(value):
+    if isinstance(value, Fraction) and bits(value) > MAX_BITS:
+        raise OverflowError("too many digits")
+    if not isinstance(value, Fraction) and not MP.isfinite(value):
         raise ZeroDivisionError("infinite")
     return value
-
-
-def bits(x):
-    return max(x.numerator.bit_length(), x.denominator.bit_length())
-
-
-def add(a, b):
-    # the smaller one would be lost, and 10^40 + pi equal to 10^40
-    if not isinstance(a, Fraction) and a and b and abs(MP.mag(a) - MP.mag(b)) > 96:
-        raise OverflowError("a sum of very different sizes")
-    return a + b
 
 
 def power(a, b):
@@ -1045,14 +1024,9 @@ def power(a, b):
     a, b = MP.convert(a), MP.convert(b)
     if abs(b) * (abs(MP.mag(a)) + 1) > MAX_EXPONENT_BITS:
         raise OverflowError("a large power")
+    if b in ODD_ROOTS and not MP.im(a) and MP.re(a) < 0:
+        return -MP.power(-a, b)  # the real root
     return MP.power(a, b)
-
-
-def root(x, n):
-    """The real root, where there is one."""
-    if n in (3, 5, 7) and not MP.im(x) and MP.re(x) < 0:
-        return -power(-x, 1 / n)
-    return power(x, 1 / n)
 
 
 def function(name, *values):
@@ -1065,8 +1039,7 @@ def function(name, *values):
     return getattr(MP, name)(*values)
 
 
-OPERATIONS = {"+": add, "*": operator.mul, "^": power, "root": root, "neg": operator.neg,
-              "abs": abs}
+OPERATIONS = {"+": operator.add, "*": operator.mul, "^": power, "abs": abs}
 
 
 # --------------------------------------------------------------------------------------------------

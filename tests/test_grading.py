@@ -94,6 +94,8 @@ EQUAL = {
         \frac{1}{2004!} == 1/2004!
         \frac{100!}{2^{50}} == 100!\cdot 2^{-50}
         |x| == \sqrt{x^2} == \left|-x\right|
+        |xy| == \sqrt{x^2y^2} == |x||y|
+        \sqrt{a^2b^2} == ab
         \sqrt{4\pi G\rho_0 r_0^2} == 2 r_0\sqrt{\pi G\rho_0}""",
     "percent, degrees, money": r"""
         10\% == 10 == 10% == 10\text{ percent} == 10 percent
@@ -256,6 +258,7 @@ UNEQUAL = {
         x^2 != x^3; x+1 != x-1; 2x != 2y; \sin x != \cos x; \sqrt{3} != \sqrt{5}
         \sqrt[3]{2} != \sqrt{2}
         \pi != 3\pi; i != -i; -x^2 != (-x)^2; \sqrt{x^2} != x; \sqrt{(y-1)^2} != y-1; |-x^3| != -x^3
+        \sqrt{x^2y^2} != xy; \sqrt{x^2 z^2} != xz; \sqrt{x^2y^2z^2} != xyz; \sqrt{x^4 y^2} != x^2y
         f(2x) != 2f(x); f() != f(x); |xy| != xy; x=x^2 != x^2
         \lfloor x\rfloor != 0
         \frac{1}{2}x != \frac{1}{2x}; 2^{3x} != 2^{3}x; |x| != x; \lfloor x\rfloor != x
