@@ -191,7 +191,7 @@ def part_name(name):
 
 def rewards_for_group(texts, gold, options, lengths):
     """
-    Score the G completions of one prompt -> RewardedGroup.
+    RewardedGroup of the G completions of one prompt.
 
     texts: G strings; gold: the gold answer; options: RewardOptions; lengths: G token counts.
     """
@@ -303,11 +303,10 @@ MAX_ARGUMENT_BITS = 60  # log2 of a function's argument: 50 digits say little of
 
 def extract_answer(text, scope="full"):
     r"""
-    Content of the last \boxed{...} with a brace, as a string, or None; linear in len(text).
+    Content of the last \boxed{...}, or None if it is empty or unclosed; linear in len(text).
 
-    scope: "full", or "before_think_end": only before the first `</think>`.  A later mention of a
-    bare \boxed is skipped.  An unclosed or empty last box is None: an earlier one, or numbers in
-    the text, would pay for lists of guesses and for answers that were cut off.
+    scope: "full", or "before_think_end": only before the first `</think>`.  Neither an earlier box
+    nor numbers in the text count: that would pay for guesses and for answers that were cut off.
     """
     end = text.find("</think>") if scope == "before_think_end" else -1
     end = len(text) if end < 0 else end
@@ -339,9 +338,8 @@ def gold_answer(answer):
     """
     A dataset's gold answer as a string that can be graded, or None: drop and count such a row.
 
-    answer: str, int, float (27.0 is 27), or a list whose first entry counts.  A solution is read
-    for its last box, or for what follows GSM8K's ####.  What nobody can hit is None, too: an
-    unreadable answer, or a sentence.
+    answer: str, number, or a list whose first entry counts.  A solution is read for its last box,
+    or for what follows GSM8K's ####.  None: a sentence or what cannot be read.
     """
     if isinstance(answer, (list, tuple)):
         answer = answer[0] if answer else None
@@ -437,25 +435,25 @@ FONTS = set(r"\mathit \mathtt \boldsymbol \bm \mathcal \mathbb \mathbf \mathsf".
 PROSE = set(r"""\text \textbf \textit \textrm \textsf \texttt \textnormal \textup \mbox \hbox \emph
     \underline \mathrm \operatorname""".split())
 ACCENTS = set(r"\overline \bar \vec \hat \dot \ddot \widehat \tilde \overrightarrow".split())
-# "name spellings", without the s of a plural.  Only these can contradict each other; any other word
-# after a number means nothing.
+# "name spellings", without the s of a plural.  Only these can contradict each other; the words of
+# the last entry may follow a number without \text, and any other word after it means nothing.
 UNITS = """
     mm millimeter; cm centimeter centimetre; m meter metre; km kilometer kilometre; nm nanometer; in
     inch inche; ft foot feet; yd yard; mi mile; mg milligram; kg kilogram; g gram; lb pound; oz
     ounce; ml milliliter; l liter litre; gallon gal; quart; cup; ton; s sec second; min minute; h hr
     hour; day; week; month; yr year; am; pm; hz hertz; khz; mhz; j joule; kj; n newton; pa pascal; w
-    watt; kw; v volt; a amp ampere; ohm; k kelvin; c celsiu; f fahrenheit; mol mole; deg degree; rad
-    radian; % percent percentage pct; dollar usd; cent; euro; kcal; ev; acre; / per"""
-UNITS = {spelling + ending: line.split()[0]
+    watt; kw; v volt; a amp ampere; ohm; k kelvin; c celsiu; f fahrenheit; mol mole; rad
+    radian; deg degree; % percent percentage pct; dollar usd; cent; euro; kcal; ev; acre; / per;
+    - mph unit people student way dog point time marble apple book car integer value pair solution
+    th st nd rd sq square cubic edge vertice number old coin game ball card ticket piece triangle
+    children men women boy girl"""
+UNITS = {spelling + ending: line.split()[0].strip("-")
          for line in UNITS.split(";") for spelling in line.split() for ending in ("", "s")}
-# other words that may follow a number without \text
-TYPED_UNITS = set("""mph unit people student way dog point time marble apple book car integer value
-    pair solution th st nd rd sq square cubic per edge vertice number old coin game ball card ticket
-    piece triangle children men women boy girl""".split())
 SIGNS = {"and": ",", "or": ",", "to": ":"}  # words that part members
 DIGITS = set("0123456789.")
 TOKEN = re.compile(r" +|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9.A-Za-z^]))?"
-                   r"""|\\[A-Za-z]+|\\.|[A-Za-z]+|[<>]=|\*\*|[-+*/^_()\[\]{}|!,;:=<>'%?~"]|[^\0-\x7f]""")
+                   r"""|\\[A-Za-z]+|\\.|[A-Za-z]+|[<>]=|\*\*?"""
+                   r"""|[-+/^_()\[\]{}|!,;:=<>'%?~"]|[^\0-\x7f]""")
 WORD = re.compile(r"[A-Za-z][A-Za-z0-9.'-]*|[.?](?![0-9])")
 # 1{,}000 1,\!000 1\,000 1~000 1'000: one mark per number ...
 MARKED_THOUSANDS = re.compile(r"(?<![0-9.])[0-9]{1,3}(?=(\{, *(?:\\!)? *\}|, *\\!|\\[,;:> ]|~|'))"
@@ -554,9 +552,10 @@ def argument(text, at):
 def letters(run, before):
     """Tokens of a run of letters: a comma or colon, a unit, a word, or a product."""
     after_value = before[0] in DIGITS | {'"'} or before[-1] in ")}%°/"
-    if run.lower() in SIGNS and (run.lower() != "to" or after_value):
-        return [SIGNS[run.lower()]]
-    is_unit = len(run) > 1 and (run.lower() in UNITS or run.lower().removesuffix("s") in TYPED_UNITS)
+    word = run.lower()
+    if word in SIGNS and (word != "to" or after_value):
+        return [SIGNS[word]]
+    is_unit = len(run) > 1 and word in UNITS
     starts = before == " " and run[0].isupper() and len(run) > 3  # LQSX, Even
     if starts or is_unit and (after_value or before[0] == "$" and len(run) > 3):
         return [f'"{run}']
@@ -588,11 +587,7 @@ UNITS_TEXT = re.compile(r"([/*] )*((?!(?:if|when|where|for|not|mod|is|hundred|th
 
 
 class Reader:
-    """
-    A Pratt parser: one loop, in which the operator that binds more tightly takes the operand.
-
-    Every method reads from the tokens what its name says, or raises ValueError.
-    """
+    """A Pratt parser: each method reads what its name says, or raises ValueError."""
 
     def __init__(self, tokens):
         self.tokens, self.at = [*tokens, ""], 0
@@ -629,17 +624,14 @@ class Reader:
     def expression(self, strength=0):
         """An operand and all operators after it that bind more tightly than `strength`."""
         left = self.operand()
-        while (binding := self.binding()) > strength:
+        while True:
+            token = self.next
+            factor = token[:1] in DIGITS | {"$"} or token in STARTS and not self.at_end()
+            words = '"' in (token[:1], token in ("/", "*") and self.tokens[self.at + 1][:1])
+            binding = UNIT if words else BINDING.get(token, PRODUCT * factor)
+            if binding <= strength:
+                return left
             left = self.operation(left, binding)
-        return left
-
-    def binding(self):
-        """How tightly the next token binds what was just read; 0: not at all."""
-        token = self.next
-        if token[:1] == '"' or token in ("/", "*") and self.tokens[self.at + 1][:1] == '"':
-            return UNIT
-        factor = token in STARTS and not self.at_end() or token[:1] == "$" or token[:1] in DIGITS
-        return BINDING.get(token, PRODUCT * factor)
 
     def operation(self, left, binding):
         """`left` joined with the next operator and what belongs to it."""
@@ -663,7 +655,7 @@ class Reader:
         if token == "°" and self.angles:  # in sin 30 degrees a factor, elsewhere a unit
             return product(left, quotient(CONSTANTS["π"], number(180)))
         if token in ("°", "%"):
-            self.unit = "deg" if token == "°" else token
+            self.unit = "deg" if token == "°" else "%"
             return left
         right = self.expression(binding)
         if binding == RELATION:
@@ -699,7 +691,10 @@ class Reader:
         if token[:1] in DIGITS:
             return self.number(token)
         if token[:1] == "$" or token[:1] == '"' != self.next[:1] and len(token) == 2:
-            return self.name(token[1:])
+            name = token[1:]
+            if CALL.match(name + "".join(self.tokens[self.at:self.at + 3])):
+                return ("call", name, self.operand())
+            return CONSTANTS.get(name) or ("var", name)
         if token[:1] == '"':
             return ("text", re.sub(r'["${}]', "", token + "".join(self.rest())).lower())
         if token in ("+", "-", r"\pm", r"\mp"):
@@ -735,12 +730,6 @@ class Reader:
             self.tokens[self.at:self.at + 1] = self.next
             return number(self.take())
         return self.operand()
-
-    def name(self, name):
-        """A constant, a variable, or an unknown function: f(x), I(0)."""
-        if CALL.match(name + "".join(self.tokens[self.at:self.at + 3])):
-            return ("call", name, self.operand())
-        return CONSTANTS.get(name) or ("var", name)
 
     def function(self, name):
         marks = {}
@@ -817,10 +806,9 @@ def same(p, g):
     """Equality of two trees."""
     if p == g:
         return True
-    p_unit, g_unit = (node[1] if node[0] == "unit" else None for node in (p, g))
-    if p_unit and g_unit and p_unit != g_unit:
+    if p[0] == g[0] == "unit" and p[1] != g[1]:
         return False
-    p, g = without_unit(p, g_unit), without_unit(g, p_unit)
+    p, g = without_unit(p, g), without_unit(g, p)
     if p[0] == "rel" and g[0] != "rel":  # x = 5 for 5: every value that is stated must be right
         values = stated_values(p)
         return bool(values) and all(same(value, g) for value in values)
@@ -839,9 +827,9 @@ def same(p, g):
     return {p[0], g[0]} <= {"num", "var", "const", "op", "call"} and same_expression(p, g)
 
 
-def without_unit(node, other_unit=None):
+def without_unit(node, other=()):
     r"""A value without its unit; 1000 m beside 1000\text{ m} ends in a letter that is one."""
-    if other_unit and node[:2] == ("op", "*") and other_unit == str(node[-1][1]).lower():
+    if other[:1] == ("unit",) and node[:2] == ("op", "*") and str(node[-1][1]).lower() == other[1]:
         return node[2] if len(node) == 4 else node[:-1]
     return node[2] if node[0] == "unit" else node
 
@@ -979,10 +967,7 @@ def coordinate(name, k=0, whole=False, signed=False):
 
 
 def evaluate(node, point):
-    """
-    Value where the variables are point(name): a Fraction while all is rational, else an mpmath
-    number.  Raises ZeroDivisionError where there is none, OverflowError at a bound.
-    """
+    """A Fraction while all is rational, else an mpmath number; ArithmeticError at a bound."""
     tag, label, *parts = node
     if tag == "num":
         return label
@@ -1005,14 +990,13 @@ def apply(name, *values):
     exact = all(isinstance(x, Fraction) for x in values)
     if not exact:
         values = [MP.convert(x) for x in values]
-    # the smaller one would be lost, and 10^40 + pi equal to 10^40
-    if name == "+" and not exact and all(values) and abs(MP.mag(values[0]) - MP.mag(values[1])) > 96:
-        raise OverflowError("a sum of very different sizes")
+    if name == "+" and not exact and all(values):
+        first, second = map(MP.mag, values)
+        if abs(first - second) > 96:
+            raise OverflowError("the smaller would be lost, and 10^40 + pi equal to 10^40")
     value = OPERATIONS[name](*values) if name in OPERATIONS else function(name, *values)
-    if isinstance(value, Fraction) and bits(value) > MAX_BITS:
-        raise OverflowError("too many digits")
-    if not isinstance(value, Fraction) and not MP.isfinite(value):
-        raise ZeroDivisionError("infinite")
+    if bits(value) > MAX_BITS if isinstance(value, Fraction) else not MP.isfinite(value):
+        raise OverflowError("too many digits, or infinite")
     return value
 
 
