@@ -7,10 +7,9 @@ Rewards for mathematics: strings and numbers in, numbers out.  No torch; importa
                    evaluation and the majority vote
     3. workers     your function is code we do not know, so it runs in a process that can be killed
 
-Two rules for the grader.  A wrong "equal" is worse than a wrong "different": the first teaches the
-model to cheat, the second costs one sample; what cannot be read or decided is "different".  And a
-model's output is hostile input: it is never evaluated by Python or sympy, and every step is bounded
-before it starts.
+Two rules for the grader.  A wrong "equal" teaches the model to cheat, a wrong "different" costs one
+sample: what cannot be read or decided is "different".  And a model's output is hostile input: it is
+never evaluated by Python or sympy, and every step is bounded before it starts.
 """
 
 import ctypes
@@ -99,10 +98,7 @@ def repetition_penalty(text, ngram_size=3):
 
 
 def soft_overlong_penalty(length, max_length=16384, cache=4096):
-    """
-    DAPO's penalty (arXiv 2503.14476, equation 13): 0 up to max_length - cache tokens, from there
-    down to -1 at max_length, -1 beyond.
-    """
+    """DAPO's equation 13 (arXiv 2503.14476): 0 to max_length - cache, -1 from max_length on."""
     return max(-1.0, min(0.0, (max_length - cache - length) / cache))
 
 
@@ -190,11 +186,7 @@ def part_name(name):
 
 
 def rewards_for_group(texts, gold, options, lengths):
-    """
-    RewardedGroup of the G completions of one prompt.
-
-    texts: G strings; gold: the gold answer; options: RewardOptions; lengths: G token counts.
-    """
+    """RewardedGroup of the G completions (texts) of one prompt; lengths: G token counts."""
     outcomes, correct = judge(texts, gold, options.answer_scope)
     rewards, parts = parse_rewards(options.reward_funcs, options.reward_weights), {}
     for name, _ in rewards:
@@ -249,10 +241,9 @@ def built_in_part(name, texts, correct, lengths, options):
 
 def user_part(name, texts, gold, outcomes, timeout):
     """
-    G floats of a user's own reward; nan, with its outcome, for a call without a verdict.
+    G floats of a user's own reward; nan for a call without a verdict.
 
-    Not 0: among rewards of -1 and 1 that would be a good one, and the model would learn to make
-    answers that break the function.
+    Not 0: among rewards of -1 and 1 that is a good one, and the model would learn to break it.
     """
     worker, values = worker_for(name), []
     for i, text in enumerate(texts):
@@ -310,12 +301,8 @@ def extract_answer(text, scope="full"):
     """
     end = text.find("</think>") if scope == "before_think_end" else -1
     end = len(text) if end < 0 else end
-    start = text.rfind("\\boxed", 0, end)
-    while start >= 0 and not (found := BOX.match(text, start, end)):
-        start = text.rfind("\\boxed", 0, start)
-    if start < 0:
-        return None
-    content = braced(text, found.end(), end)
+    boxes = [box.end() for box in BOX.finditer(text, 0, end)]
+    content = braced(text, boxes[-1], end) if boxes else None
     return content and content.strip() or None
 
 
@@ -364,7 +351,7 @@ def is_equal(prediction, gold):
     """
     Is the answer `prediction` mathematically equal to the answer `gold`? (strings without boxes)
 
-    Never raises, never runs what it reads, and is bounded in time and memory.
+    Never raises, never runs what it reads, is bounded in time and memory.
     """
     if prediction is None or gold is None:
         return False
@@ -395,7 +382,6 @@ OTHER_CHOICE = re.compile(r"(?<![A-Za-z])(?:[A-J]|or)(?![A-Za-z])")
 
 @functools.lru_cache(maxsize=512)
 def read(answer):
-    """Tree of an answer string."""
     tokens = answer
     try:
         tokens = tokenise(clean(answer))
@@ -435,8 +421,8 @@ FONTS = set(r"\mathit \mathtt \boldsymbol \bm \mathcal \mathbb \mathbf \mathsf".
 PROSE = set(r"""\text \textbf \textit \textrm \textsf \texttt \textnormal \textup \mbox \hbox \emph
     \underline \mathrm \operatorname""".split())
 ACCENTS = set(r"\overline \bar \vec \hat \dot \ddot \widehat \tilde \overrightarrow".split())
-# "name spellings", without the s of a plural.  Only these can contradict each other; the words of
-# the last entry may follow a number without \text, and any other word after it means nothing.
+# "name spellings", without the s of a plural.  Only these can contradict each other.  The words of
+# the last entry need no \text after a number; any other word in \text there means nothing.
 UNITS = """
     mm millimeter; cm centimeter centimetre; m meter metre; km kilometer kilometre; nm nanometer; in
     inch inche; ft foot feet; yd yard; mi mile; mg milligram; kg kilogram; g gram; lb pound; oz
@@ -551,10 +537,9 @@ def argument(text, at):
 
 def letters(run, before):
     """Tokens of a run of letters: a comma or colon, a unit, a word, or a product."""
-    after_value = before[0] in DIGITS | {'"'} or before[-1] in ")}%°/"
-    word = run.lower()
-    if word in SIGNS and (word != "to" or after_value):
-        return [SIGNS[word]]
+    word, after_value = run.lower(), before[0] in DIGITS | {'"'} or before[-1] in ")}%°/"
+    if word in ("and", "or"):
+        return [","]
     is_unit = len(run) > 1 and word in UNITS
     starts = before == " " and run[0].isupper() and len(run) > 3  # LQSX, Even
     if starts or is_unit and (after_value or before[0] == "$" and len(run) > 3):
@@ -634,7 +619,6 @@ class Reader:
             left = self.operation(left, binding)
 
     def operation(self, left, binding):
-        """`left` joined with the next operator and what belongs to it."""
         token = self.next
         if binding == UNIT:
             return self.units(left)
@@ -773,8 +757,9 @@ def number(value):
 
 
 def signed(sign, node):
-    r"""+x, -x, \pm x, \mp x"""
-    return node if sign == "+" else product(number(-1), node) if sign == "-" else ("op", sign, node)
+    if sign in ("+", "-"):
+        return node if sign == "+" else product(number(-1), node)
+    return ("op", sign, node)
 
 
 def joined(tag, label, left, right):
@@ -803,7 +788,6 @@ def bits(x):
 
 
 def same(p, g):
-    """Equality of two trees."""
     if p == g:
         return True
     if p[0] == g[0] == "unit" and p[1] != g[1]:
@@ -895,7 +879,7 @@ def stated_values(relation):
 
 
 def same_relation(p, g):
-    """The same sides; or left - right is the same up to a factor, which < needs positive."""
+    """The same sides, or left - right is the same up to a factor, which < needs positive."""
     (_, p_ops, *ps), (_, g_ops, *gs) = p, g
     if p_ops != g_ops or len(p_ops) > 1 or same_each(ps, gs):
         return p_ops == g_ops and same_each(ps, gs)
@@ -905,9 +889,9 @@ def same_relation(p, g):
     except ArithmeticError:
         return False
     positive = MP.im(factor) == 0 and MP.re(factor) > 0
-    allowed = ("=", r"\ne", "<", r"\le") if positive else ("=", r"\ne") if factor else ()
-    return p_ops[0] in allowed and bool(variables(p)) and same_expression(
-        p, product(("num", factor), g))
+    if p_ops[0] not in (("=", r"\ne", "<", r"\le") if positive else ("=", r"\ne")):
+        return False
+    return bool(factor and variables(p)) and same_expression(p, product(("num", factor), g))
 
 
 # ----- two expressions are equal if they agree at random points: exactly where all is rational,
@@ -922,7 +906,6 @@ NUMBERS = {"π": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}
 
 
 def same_expression(p, g):
-    """Do two expressions agree at random points?"""
     whole = all(labels(tree) & {("op", "floor"), ("op", "ceil")} for tree in (p, g))
     signed = ("op", "abs") in labels(p) | labels(g)
     needed = 1 if not variables(p) | variables(g) else 30 if whole or signed else 4
@@ -969,12 +952,10 @@ def coordinate(name, k=0, whole=False, signed=False):
 def evaluate(node, point):
     """A Fraction while all is rational, else an mpmath number; ArithmeticError at a bound."""
     tag, label, *parts = node
-    if tag == "num":
-        return label
+    if tag in ("num", "const"):
+        return NUMBERS.get(label, label)
     if tag == "var":
         return point(label)
-    if tag == "const":
-        return NUMBERS[label]
     if tag not in ("op", "call"):
         raise OverflowError(f"{tag} has no value")
     values = [evaluate(part, point) for part in parts]
@@ -1047,10 +1028,9 @@ class Worker:
     A user's reward function, "path/to/file.py:name", in a process of its own, asked one completion
     at a time: name(completion, answer) -> a number, or None for no verdict.
 
-    A process that is late is killed with all it started, and the next call starts another: signals
-    do not interrupt C code, and the timeouts of thread and process pools only stop waiting.  It is
-    started afresh (a fork of a process with torch's threads may hang), sees no GPU, and dies with
-    the thread that started it.  JSON goes both ways, so that nothing is unpickled.
+    A late process is killed with all it started: signals do not interrupt C code, and the timeouts
+    of pools only stop waiting.  It is no fork (one of a process with torch's threads may hang),
+    sees no GPU, and dies with the thread that started it.  JSON both ways: nothing is unpickled.
     """
 
     def __init__(self, function):
@@ -1063,8 +1043,7 @@ class Worker:
         """
         ("done", number), or (timeout | crash | no_verdict, nan).
 
-        Raises ValueError if the file cannot be imported, and if the function returns a list, tuple,
-        dict or string before it has ever returned a number.
+        Raises ValueError if the file cannot be imported or its first results are no numbers.
         """
         with self.lock:
             reply = self.exchange(json.dumps([completion, answer]).encode(), timeout)
