@@ -536,20 +536,19 @@ def argument(text, at):
 
 
 def letters(run, before):
-    """Tokens of a run of letters: a comma or colon, a unit, a word, or a product."""
-    word, after_value = run.lower(), before[0] in DIGITS | {'"'} or before[-1] in ")}%°/"
-    if word in ("and", "or"):
+    """Tokens of a run of letters: a comma, a unit, a word, or a product."""
+    if run in ("and", "or"):
         return [","]
-    is_unit = len(run) > 1 and word in UNITS
+    after_value = before[0] in DIGITS | {'"'} or before[-1] in ")}%°/"
+    is_unit = len(run) > 1 and run.lower() in UNITS
     starts = before == " " and run[0].isupper() and len(run) > 3  # LQSX, Even
     if starts or is_unit and (after_value or before[0] == "$" and len(run) > 3):
         return [f'"{run}']
     return [f"${letter}" for letter in run]
 
 
-# ----- tokens to a tree
+# ----- tokens to a tree; operators by how tightly they bind, the loosest first
 
-# operators by how tightly they bind, the loosest first
 LEVELS = [r"= < > \le \ge \ne \in \notin \sim \equiv \to \implies \subset \subseteq \perp",
           r"\cup \cap", ":", r"+ - \pm \mp", "* /", "^ ! _ % °"]
 BINDING = {token: n for n, tokens in enumerate(LEVELS, 1) for token in tokens.split()}
@@ -902,20 +901,22 @@ MP.dps = 50
 LOCK = threading.Lock()  # mpmath caches its constants without one
 TOLERANCE = MP.mpf(10) ** -30
 ODD_ROOTS = {MP.mpf(1) / n for n in (3, 5, 7)}
+# sqrt(x^2 y^2) is not xy, but sqrt(r^2) is r: other letters are lengths and the like
+FLIPPED = ("", "x", "y", "z", "xyz")  # negative at point k, k + 1 ...
 NUMBERS = {"π": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}
 
 
 def same_expression(p, g):
     whole = all(labels(tree) & {("op", "floor"), ("op", "ceil")} for tree in (p, g))
     signed = ("op", "abs") in labels(p) | labels(g)
-    needed = 1 if not variables(p) | variables(g) else 30 if whole or signed else 4
-    for k in range(4 * needed):
+    needed = 1 if not variables(p) | variables(g) else 30 if whole or signed else 5
+    for k in range(5 * needed):
         point = functools.partial(coordinate, k=k, whole=whole, signed=signed)
         try:
             a, b = evaluate(p, point), evaluate(g, point)
         except (ArithmeticError, ValueError):  # a pole or a bound: try another point
             continue
-        if k % 4 and (MP.im(a) or MP.im(b)):
+        if FLIPPED[k % 5] and (MP.im(a) or MP.im(b)):
             continue  # a root or logarithm of a negative variable, which is not meant
         exact = isinstance(a, Fraction) and isinstance(b, Fraction)
         if not (a == b if exact else MP.almosteq(MP.convert(a), MP.convert(b), TOLERANCE, 0)):
@@ -944,9 +945,8 @@ def coordinate(name, k=0, whole=False, signed=False):
         return Fraction(random.Random(name).sample(range(3, 41), 38)[k % 38])
     draw = random.Random(f"{name} {k}")
     value = Fraction(draw.randint(501, 3999), draw.choice((97, 997, 3989)) if signed else 997)
-    # sqrt(x^2 y^2) is not xy, but sqrt(r^2) is r: other letters are lengths and the like
-    negative = draw.random() < 0.5 if signed else name == " xyz"[k % 4]
-    return -value if k % 4 and negative else value
+    negative = draw.random() < 0.5 if signed else name in FLIPPED[k % 5]
+    return -value if k % 5 and negative else value
 
 
 def evaluate(node, point):
@@ -995,7 +995,6 @@ def power(a, b):
 
 
 def function(name, *values):
-    """mpmath's function of the name."""
     values = [MP.convert(x) for x in values]
     if name in ("floor", "ceil") and MP.almosteq(*values, MP.nint(*values), TOLERANCE):
         return MP.nint(*values)  # log2(8) is 3, however it was rounded

@@ -259,6 +259,7 @@ UNEQUAL = {
         \sqrt[3]{2} != \sqrt{2}
         \pi != 3\pi; i != -i; -x^2 != (-x)^2; \sqrt{x^2} != x; \sqrt{(y-1)^2} != y-1; |-x^3| != -x^3
         \sqrt{x^2y^2} != xy; \sqrt{x^2 z^2} != xz; \sqrt{x^2y^2z^2} != xyz; \sqrt{x^4 y^2} != x^2y
+        \sqrt{xy} != \sqrt{x}\sqrt{y}; \sqrt{y^2} != y; \sqrt{z^2} != z
         f(2x) != 2f(x); f() != f(x); |xy| != xy; x=x^2 != x^2
         \lfloor x\rfloor != 0
         \frac{1}{2}x != \frac{1}{2x}; 2^{3x} != 2^{3}x; |x| != x; \lfloor x\rfloor != x
