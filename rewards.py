@@ -7,10 +7,9 @@ Rewards for mathematics: strings and numbers in, numbers out.  No torch; importa
                    evaluation and the majority vote
     3. workers     your function is code we do not know, so it runs in a process that can be killed
 
-Two rules for the grader.  A wrong "equal" is worse than a wrong "different": the first teaches the
-model to cheat, the second costs one sample; what cannot be read or decided is "different".  And a
-model's output is hostile input: it is never evaluated by Python or sympy, and every step is bounded
-before it starts.
+Two rules for the grader.  A wrong "equal" teaches the model to cheat, a wrong "different" costs one
+sample: what cannot be read or decided is "different".  And a model's output is hostile input: it is
+never evaluated by Python or sympy, and every step is bounded before it starts.
 """
 
 import ctypes
@@ -99,10 +98,7 @@ def repetition_penalty(text, ngram_size=3):
 
 
 def soft_overlong_penalty(length, max_length=16384, cache=4096):
-    """
-    DAPO's penalty (arXiv 2503.14476, equation 13): 0 up to max_length - cache tokens, from there
-    down to -1 at max_length, -1 beyond.
-    """
+    """DAPO's equation 13 (arXiv 2503.14476): 0 to max_length - cache, -1 from max_length on."""
     return max(-1.0, min(0.0, (max_length - cache - length) / cache))
 
 
@@ -190,11 +186,7 @@ def part_name(name):
 
 
 def rewards_for_group(texts, gold, options, lengths):
-    """
-    Score the G completions of one prompt -> RewardedGroup.
-
-    texts: G strings; gold: the gold answer; options: RewardOptions; lengths: G token counts.
-    """
+    """RewardedGroup of the G completions (texts) of one prompt; lengths: G token counts."""
     outcomes, correct = judge(texts, gold, options.answer_scope)
     rewards, parts = parse_rewards(options.reward_funcs, options.reward_weights), {}
     for name, _ in rewards:
@@ -249,10 +241,9 @@ def built_in_part(name, texts, correct, lengths, options):
 
 def user_part(name, texts, gold, outcomes, timeout):
     """
-    G floats of a user's own reward; nan, with its outcome, for a call without a verdict.
+    G floats of a user's own reward; nan for a call without a verdict.
 
-    Not 0: among rewards of -1 and 1 that would be a good one, and the model would learn to make
-    answers that break the function.
+    Not 0: among rewards of -1 and 1 that is a good one, and the model would learn to break it.
     """
     worker, values = worker_for(name), []
     for i, text in enumerate(texts):
@@ -276,21 +267,20 @@ def weighted_totals(parts, correct, rewards):
 #
 #    box -> text -> tokens -> tree -> verdict.  Trees are tuples (tag, label, *parts):
 #
-#    num value    var x    const pi|e|i|infinity    text evenorodd    base (digits, base)
-#    op + | * | / | ^ | neg | pm | mp | sin ...    call f, with its arguments    unit cm^2, a value
+#    num value    var x    const π|e|i    text evenorodd    itself infinity | (digits, base)
+#    op + | * | ^ | pm | mp | sin ...    call f, with its arguments    unit cm^2, a value
 #    seq list | set | () | [] | [) | (] | <> | matrix | row | : | \cup | \cap, with its members
 #    rel ("<", "<=", ...), with its sides    unread (tokens): equal only to the same tokens
 #
 #    What counts as equal, and where the line is (tests/test_grading.py has hundreds of pairs):
-#    - units, $, degrees and % may be left out (10 = 10%, but 28% is not 0.28); another unit is
-#      another answer
+#    - units, $, degrees and % may be left out (10 = 10%, but 28% is not 0.28), not exchanged
 #    - x = 5 is 5 and y = 2x + 3 is 2x + 3; z = 5 and 2t + 3 are not
 #    - \{1,2\} = 1,2 in any order; (1,2) and [1,2] are neither that nor each other
 #    - 204_5 is not 204;  1:2 is neither 1/2 nor 2:4;  an inequality is not an interval
 #    - 2 + 4 = 6: unsimplified is still right; a comma never marks decimals
 #    - a decimal is that number: 0.33333333 is not 1/3; a repeating decimal cannot be read
 #    - a choice may bring its text: "C) 12" is C; but not a second letter, "C) or D)"
-#    Sums, integrals, limits and set-builder notation are equal only as the same tokens.
+#    - sums, integrals, limits and set-builder notation are equal only as the same tokens
 # --------------------------------------------------------------------------------------------------
 
 # Bounds, each checked before the work it limits.
@@ -304,20 +294,15 @@ MAX_ARGUMENT_BITS = 60  # log2 of a function's argument: 50 digits say little of
 
 def extract_answer(text, scope="full"):
     r"""
-    Content of the last \boxed{...} with a brace, as a string, or None; linear in len(text).
+    Content of the last \boxed{...}, or None if it is empty or unclosed; linear in len(text).
 
-    scope: "full", or "before_think_end": only before the first `</think>`.  A later mention of a
-    bare \boxed is skipped.  An unclosed or empty last box is None: an earlier one, or numbers in
-    the text, would pay for lists of guesses and for answers that were cut off.
+    scope: "full", or "before_think_end": only before the first `</think>`.  Neither an earlier box
+    nor numbers in the text count: that would pay for guesses and for answers that were cut off.
     """
     end = text.find("</think>") if scope == "before_think_end" else -1
     end = len(text) if end < 0 else end
-    start = text.rfind("\\boxed", 0, end)
-    while start >= 0 and not (found := BOX.match(text, start, end)):
-        start = text.rfind("\\boxed", 0, start)
-    if start < 0:
-        return None
-    content = braced(text, found.end(), end)
+    boxes = [box.end() for box in BOX.finditer(text, 0, end)]
+    content = braced(text, boxes[-1], end) if boxes else None
     return content and content.strip() or None
 
 
@@ -340,28 +325,23 @@ def gold_answer(answer):
     """
     A dataset's gold answer as a string that can be graded, or None: drop and count such a row.
 
-    answer: str, int, float (27.0 is 27), or a list whose first entry counts.  A solution is read
-    for its last box, or for what follows GSM8K's ####.  What nobody can hit is None, too: an
-    unreadable answer, or a sentence.
+    answer: str, number, or a list whose first entry counts.  A solution is read for its last box,
+    or for what follows GSM8K's ####.  None: a sentence or what cannot be read.
     """
     if isinstance(answer, (list, tuple)):
         answer = answer[0] if answer else None
-    if answer is None or isinstance(answer, float) and not math.isfinite(answer):
-        return None
-    whole = isinstance(answer, float) and answer.is_integer()
-    answer = str(int(answer) if whole else answer).strip()
+    if isinstance(answer, float):
+        answer = str(answer).removesuffix(".0") if math.isfinite(answer) else None
+    answer = "" if answer is None else str(answer).strip()
     if "\\boxed" in answer:
         answer = extract_answer(answer) or ""
     elif "####" in answer:
         answer = answer.rpartition("####")[2].strip()
-    readable = answer and len(answer) <= MAX_CHARACTERS and read(answer)[0] != "unread"
-    return answer if readable and not is_sentence(answer) else None
-
-
-def is_sentence(text):
-    """Five words, or three with a verb among them: "The total is 72 dollars in the end."."""
-    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", re.sub(r"\\(begin|end)\{\w+\}", "", text))
-    return len(words) > 4 or len(words) > 2 and not VERBS.isdisjoint(map(str.lower, words))
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", re.sub(r"\\(begin|end)\{\w+\}", "", answer))
+    is_sentence = len(words) > 4 or len(words) > 2 and any(word.lower() in VERBS for word in words)
+    if not answer or is_sentence or len(answer) > MAX_CHARACTERS or read(answer)[0] == "unread":
+        return None
+    return answer
 
 
 VERBS = set("is are was were has have had will does costs gets makes because where which".split())
@@ -371,7 +351,7 @@ def is_equal(prediction, gold):
     """
     Is the answer `prediction` mathematically equal to the answer `gold`? (strings without boxes)
 
-    Never raises, never runs what it reads, and is bounded in time and memory.
+    Never raises, never runs what it reads, is bounded in time and memory.
     """
     if prediction is None or gold is None:
         return False
@@ -402,12 +382,15 @@ OTHER_CHOICE = re.compile(r"(?<![A-Za-z])(?:[A-J]|or)(?![A-Za-z])")
 
 @functools.lru_cache(maxsize=512)
 def read(answer):
-    """Tree of an answer string."""
     tokens = answer
     try:
         tokens = tokenise(clean(answer))
-        return Reader(tokens).answer()
-    except (Unreadable, RecursionError):
+        reader = Reader(tokens)
+        members = reader.members()
+        if reader.next or not members:
+            raise ValueError("nothing, or more than an answer")
+        return members[0] if len(members) == 1 else ("seq", "list", *members)
+    except (ValueError, RecursionError):
         return ("unread", tuple(tokens))
 
 
@@ -416,52 +399,47 @@ def read(answer):
 # "token spelling spelling ...": characters, commands, and commands without a backslash
 SPELLINGS = r"""
     * × · ⋅ ∙ • ∗ \cdot \times \ast \bullet   / ÷ ∕ ⁄ \div   - −   : ： \colon   < \lt   > \gt
-    \pm ±   \mp ∓   , 、 ， ； \land \wedge \lor \vee   \le ≤ ⩽ ≦ \leq \leqslant \leqq   \in ∈
-    \ge ≥ ⩾ ≧ \geq \geqslant \geqq   \ne ≠ \neq   \sim ∼
-    \equiv ≡   \to → \rightarrow   \implies ⇒ \Rightarrow   \cup ∪   \cap ∩   % \% ﹪
-    | ∣ \lvert \rvert \vert \mid   \{ \lbrace   \} \rbrace   [ \lbrack   ] \rbrack   ( \lparen
-    ) \rparen   \lfloor ⌊   \rfloor ⌋   \lceil ⌈   \rceil ⌉   \langle ⟨ 〈   \rangle ⟩ 〉
-    \frac \dfrac \tfrac \cfrac \nicefrac \sfrac   \binom \dbinom \tbinom   \sqrt √ sqrt
-    \tan \tg   \cot \ctg   \csc \cosec   \arcsin asin   \arccos acos   \arctan atan \arctg
-    \ln \log log   ∞ \infty inf infinity oo   ∅ Ø \emptyset \varnothing   ∠ \angle
-    △ ∆ \triangle   … ⋯ \dots \ldots \cdots   α \alpha alpha   β \beta beta   γ \gamma
-    δ \delta   ε ϵ \epsilon \varepsilon   ζ \zeta   η \eta   θ \theta \vartheta theta   ι \iota
-    κ \kappa   λ \lambda   μ µ \mu   ν \nu   ξ \xi   π \pi pi   ρ \rho \varrho   σ \sigma
-    τ \tau   υ \upsilon   φ ϕ \phi \varphi   χ \chi   ψ \psi   ω \omega   Γ \Gamma   Δ \Delta
-    Θ \Theta   Λ \Lambda   Ξ \Xi   Π \Pi   Σ \Sigma   Φ \Phi   Ψ \Psi   Ω \Omega
-    ħ \hbar   ℓ \ell   ⊙ \odot   ⋆ \star   ∇ \nabla   ℧ \mho"""
-LAYOUT = r"""\, \; \: \! \> \# \& \quad \qquad \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl
-    \Bigr \biggl \biggr \Biggl \Biggr \middle \displaystyle \textstyle \scriptstyle \limits
-    \nolimits \thinspace \medspace \thickspace \negthinspace \enspace \space \noindent \rm \bf \it
-    \boxed \ensuremath ~ " """.split() + ["\\ "]
-TRIGONOMETRIC = set(r"\sin \cos \tan \cot \sec \csc".split())
-FUNCTIONS = TRIGONOMETRIC | set(r"\arcsin \arccos \arctan \ln \exp".split())
+    \pm ±   \mp ∓   , ; 、 \land \wedge \lor \vee   \le ≤ ⩽ ≦ \leq \leqslant \leqq <=   \in ∈
+    \ge ≥ ⩾ ≧ \geq \geqslant \geqq >=   \ne ≠ \neq   ^ **   \to → \rightarrow   % \%
+    \cup ∪   \cap ∩   | ∣ \lvert \rvert \vert \mid   \{ \lbrace   \} \rbrace   [ \lbrack
+    ] \rbrack   ( \lparen   ) \rparen   \lfloor ⌊   \rfloor ⌋   \lceil ⌈   \rceil ⌉   \langle ⟨
+    \rangle ⟩   \frac \dfrac \tfrac \cfrac   \binom \dbinom \tbinom   \sqrt √ sqrt   \ln \log log
+    \arcsin asin   \arccos acos   \arctan atan   ∞ \infty inf infinity   ∅ \emptyset \nothing
+    ∠ \angle   △ \triangle   … \dots \ldots \cdots   α \alpha alpha   β \beta beta   γ \gamma
+    δ \delta   ε \epsilon   ζ \zeta   η \eta   θ \theta theta   κ \kappa   λ \lambda   μ \mu   ν \nu
+    ξ \xi   π \pi pi   ρ \rho   σ \sigma   τ \tau   φ \phi   χ \chi   ψ \psi   ω \omega   Γ \Gamma
+    Δ \Delta   Θ \Theta   Λ \Lambda   Ξ \Xi   Π \Pi   Σ \Sigma   Φ \Phi   Ψ \Psi   Ω \Omega
+    ħ \hbar   ℓ \ell   ⊙ \odot   ∇ \nabla"""
+LAYOUT = r"""\, \; \: \! \> \# \& \quad \qquad \left \right \middle \displaystyle \textstyle \limits
+    \thinspace \space \rm \bf \it \boxed ~ " """.split() + ["\\ "]
+TRIGONOMETRIC = set("sin cos tan cot sec csc".split())
+FUNCTIONS = {*r"\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \ln \exp".split()}
 SAME = {name[1:]: name for name in FUNCTIONS} | dict.fromkeys(LAYOUT, " ")
 for entry in re.split(r" {3}|\s*\n\s*", SPELLINGS.strip()):
     SAME |= dict.fromkeys(entry.split()[1:], entry.split()[0])
-FONTS = set(r"""\mathit \mathtt \boldsymbol \bm \mathcal \mathscr \mathfrak \mathbb \mathbf \mathsf
-    \operatorname""".split())
+FONTS = set(r"\mathit \mathtt \boldsymbol \bm \mathcal \mathbb \mathbf \mathsf".split())
 PROSE = set(r"""\text \textbf \textit \textrm \textsf \texttt \textnormal \textup \mbox \hbox \emph
-    \underline \mathrm""".split())
+    \underline \mathrm \operatorname""".split())
 ACCENTS = set(r"\overline \bar \vec \hat \dot \ddot \widehat \tilde \overrightarrow".split())
-# "name spellings", without the s of a plural.  Only these can contradict each other; any other word
-# after a number means nothing.
-UNITS = {spelling: line.split()[0] for line in """
+# "name spellings", without the s of a plural.  Only these can contradict each other.  The words of
+# the last entry need no \text after a number; any other word in \text there means nothing.
+UNITS = """
     mm millimeter; cm centimeter centimetre; m meter metre; km kilometer kilometre; nm nanometer; in
     inch inche; ft foot feet; yd yard; mi mile; mg milligram; kg kilogram; g gram; lb pound; oz
     ounce; ml milliliter; l liter litre; gallon gal; quart; cup; ton; s sec second; min minute; h hr
     hour; day; week; month; yr year; am; pm; hz hertz; khz; mhz; j joule; kj; n newton; pa pascal; w
-    watt; kw; v volt; a amp ampere; ohm; k kelvin; c celsiu; f fahrenheit; mol mole; deg degree; rad
-    radian; % percent percentage pct; dollar usd; cent; euro; kcal; ev; acre; / per
-    """.split(";") for spelling in line.split()}
-# other words that may follow a number without \text
-TYPED_UNITS = set("""mph unit people student way dog point time marble apple book car integer value
-    pair solution th st nd rd sq square cubic per edge vertice number old coin game ball card ticket
-    piece triangle children men women boy girl""".split())
+    watt; kw; v volt; a amp ampere; ohm; k kelvin; c celsiu; f fahrenheit; mol mole; rad
+    radian; deg degree; % percent percentage pct; dollar usd; cent; euro; kcal; ev; acre; / per;
+    - mph unit people student way dog point time marble apple book car integer value pair solution
+    th st nd rd sq square cubic edge vertice number old coin game ball card ticket piece triangle
+    children men women boy girl"""
+UNITS = {spelling + ending: line.split()[0].strip("-")
+         for line in UNITS.split(";") for spelling in line.split() for ending in ("", "s")}
 SIGNS = {"and": ",", "or": ",", "to": ":"}  # words that part members
 DIGITS = set("0123456789.")
 TOKEN = re.compile(r" +|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9.A-Za-z^]))?"
-                   r"""|\\[A-Za-z]+\*?|\\.|[A-Za-z]+|[-+*/^_()\[\]{}|!,;:=<>'%?~"]|[^\0-\x7f]""")
+                   r"""|\\[A-Za-z]+|\\.|[A-Za-z]+|[<>]=|\*\*?"""
+                   r"""|[-+/^_()\[\]{}|!,;:=<>'%?~"]|[^\0-\x7f]""")
 WORD = re.compile(r"[A-Za-z][A-Za-z0-9.'-]*|[.?](?![0-9])")
 # 1{,}000 1,\!000 1\,000 1~000 1'000: one mark per number ...
 MARKED_THOUSANDS = re.compile(r"(?<![0-9.])[0-9]{1,3}(?=(\{, *(?:\\!)? *\}|, *\\!|\\[,;:> ]|~|'))"
@@ -471,57 +449,32 @@ PLAIN_THOUSANDS = re.compile(r"(?<![0-9.])(?<![0-9],)[0-9]{1,3}(?:(?:,[0-9]{3})+
                              r"(?![0-9]|,[0-9]| [0-9]| *(?:/|\\frac))")
 
 
-class Unreadable(ValueError):
-    """The answer is outside the reader's language."""
-
-
 # "pattern -> replacement   why", in this order; ~ is a blank
 REWRITES = r"""
     ^\s*\*\*([^*]+)\*\*\s*$ -> \1   markdown's bold
     [\u200b-\u200f\u202a-\u202e\u2060-\u2063\ufeff\u00ad€£¥₹¢] ->     invisible marks, currencies
     [−–—‐‑﹣] -> -   minus signs
-    [′’‘] -> '   primes
-    ½ -> \\frac12   and its like
-    ¼ -> \\frac14   ...
-    ¾ -> \\frac34   ...
+    [¼-¾⅓-⅞] -> ~\g<0>   2½, which NFKC then writes 2 1⁄2
     [⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+ -> ^{\g<0>}   raised digits
     [₀-₎ₙ]+ -> _{\g<0>}   and lowered ones
-    \\?\$|\\(?:left|right) *\.|(?<!\\)\\[()\[\]] -> ~   delimiters, dollars
-    \\[hv]space\*? *\{[^{}]*\}|\\[hv]?phantom *(?:\{[^{}]*\}|.) -> ~   layout
+    [′’‘]|\\prime(?![a-z]) -> '   primes ...
+    \^ *\{ *('[' ]*)\}|\^ *(?=') -> \1   ... raised
+    (?<=[0-9]) *'[' ]* ->     seconds of arc, feet
+    \\?\$|\\(?:left|right) *\.|(?<!\\)\\[()\[\]]|\\[bB]igg?[lr]?(?![a-z]) -> ~   delimiters, dollars
     \\begin *\{[pbB]?(?:small)?(?:matrix|array)\}(?: *\{[clr| ]*\})? -> \\matrix\\row~   brackets
     (?:\\\\ *)?\\end *\{[pbB]?(?:small)?(?:matrix|array)\} -> \\endrow\\endmatrix~   in them
     \\\\(?: *\[[0-9.]* *[a-z]{2}\])? -> \\endrow,\\row~   also \\[2pt]
     (?<!\\)& -> ,   between the entries of a row
-    \\lg(?![a-z]) -> \\log_{10}    log is natural
-    \^ *(?:\{ *(?:\\circ|°) *\}|\\circ(?![a-z])|°)|(?<=[0-9])\^(?:o\b|\{o\}) -> °   degrees
-    \\(?:text)?degree(?![a-z])|[º˚] -> °   the same
+    \\var(?=[a-z]) -> \\   \varphi
+    \^ *(\{ *)?(?:\\circ|°)(?![a-z])(?(1) *\})|\\(?:text)?degree(?![a-z])|[º˚] -> °   degrees
+    (?<=[0-9])\^(?:o\b|\{o\}) -> °   45^o
     °(?: |\\ )*([CF])\b -> °\\text{\1}   Celsius
-    \\prime(?![a-z]) -> '   primes ...
-    \^ *\{ *('[' ]*)\}|\^ *(?=') -> \1   ... raised
-    (?<=[0-9]) *'[' ]* ->     seconds of arc, feet
-    \^ *\{? *(?:\\(?:text|mathrm) *\{)? *(st|nd|rd|th)\b *\}? *\}? -> ~\\text{\1}   5th
-    ([_^]) *([0-9A-Za-z])(?![0-9.]) -> \1{\2}   \sum^n is \sum^{n}
-    \{ *: *\} -> :   8{:}30
-    \b([aApP])\. ?[mM]\b\.? -> \1m   p.m.
-    \b([fgh]) *\^ *\{? *- *1 *\}? *(?=\() -> \1_{-1}   f^{-1}(x) is no power
-    (?<![0-9A-Za-z\\{])([0-9]*[A-Z][0-9A-Z]+)(?= *_ *\{?1[1-6]) -> \\text{\1}   A5_{11}
     \\mathbb *\{? *R *\}?|ℝ -> (-\\infty,\\infty)   all numbers
     ((?:^|[,;])(?:(?!\\pi)[^,;0-9π])*)(?:\\(?:approx|simeq|cong)|[≈≅]) -> \1=   \theta \approx 5
     ([^ ,;]) *(?:\\(?:approx|simeq|cong)|[≈≅])[^,;]* -> \1   4\sqrt2 \approx 5.7
-    < *= -> \\le~   as typed
-    > *= -> \\ge~   as typed
-    \*\* -> ^   as typed
-    ([0-9.]) *[xX] *(?=10 *\^) -> \1*   3x10^8
-    (?<=[0-9]) *(?:\\(?:text|mbox) *\{ *)?million\b *\}? -> *10^6~   5 million
-    \{([^{}]*)\\over(?![a-z])([^{}]*)\} -> \\frac{\1}{\2}   {a \over b}
-    \{([^{}]*)\\choose(?![a-z])([^{}]*)\} -> \\binom{\1}{\2}   {n \choose k}
-    \\[dtc]?frac *([0-9])(?![0-9]{2}) * -> \\frac{\1}   \frac12 takes one digit ...
-    (\\[dtc]?frac *\{[^{}]*\}) *([0-9])(?![0-9.]) -> \1{\2}   ... for each part
-    (\\[dtc]?frac *\{[^{}]*\} *[0-9])(?=[0-9.]) -> \1?   \frac{1}23 is unclear"""
+    ([0-9.]) *[xX] *(?=10 *\^) -> \1*   3x10^8"""
 REWRITES = [(re.compile(pattern), new.replace("~", " ")) for pattern, new in re.findall(
     r"^ {4}(.+?) -> (.*?)   .+$", REWRITES, re.MULTILINE)]
-MIXED = re.compile(r"(?<![0-9.^_A-Za-z}])([0-9]+)(?:(?: |~|\\[ ,!;:])*\\[dtc]?frac *\{ *([0-9]+)"
-                   r" *\} *\{ *([0-9]+) *\}| +([0-9]+) */ *([0-9]+))")
 
 
 def clean(text):
@@ -534,17 +487,8 @@ def clean(text):
         text = pattern.sub(new, text)
     bracket = re.search(r"(?:[(\[]|\\\{|\\row)[^)\]]*,|$", text).start()
     before = PLAIN_THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[0]), text[:bracket])
-    text = before + text[bracket:]
-    text = unicodedata.normalize("NFKC", MIXED.sub(mixed, text))
+    text = unicodedata.normalize("NFKC", before + text[bracket:])
     return text.lstrip(" ,;:~").rstrip(" .,;:~\\")
-
-
-def mixed(found):
-    r"""2\frac14 and 2 1/4 are {2+\frac{1}{4}}; 2\frac54 is nothing."""
-    whole, top, bottom = filter(None, found.groups())
-    if not 0 < int(top) < int(bottom):
-        raise Unreadable("a number before a fraction that is not below 1")
-    return rf"{{{whole}+\frac{{{top}}}{{{bottom}}}}}"
 
 
 def tokenise(text, prose=False):
@@ -554,7 +498,7 @@ def tokenise(text, prose=False):
         word = WORD.match(text, at) if prose else None
         found = word or TOKEN.match(text, at)
         if not found or len(tokens) > MAX_TOKENS:
-            raise Unreadable(f"character {text[at]!r}, or too many tokens")
+            raise ValueError(f"character {text[at]!r}, or too many tokens")
         token, at = found[0] if word else SAME.get(found[0], found[0]), found.end()
         before = tokens[-1] if tokens else " "
         if word:
@@ -562,12 +506,15 @@ def tokenise(text, prose=False):
             tokens += [SIGNS.get(word.lower(), f'"{word}')] if word else []
         elif token in PROSE or token in FONTS:
             content, at = argument(text, at)
-            tokens += styled(token, content)
+            content = content.strip().rstrip(" .\\")
+            name = token in FONTS or content in SAME or content in tuple("eid")
+            formula = re.search(r"[+=^_]|[-/][0-9]|\\[A-Za-z]|[0-9][A-Za-z]", content)
+            tokens += tokenise(content, prose=not (name or formula))
         elif token in ACCENTS or token == "_" and before[0] == "$":  # part of a name
             content, at = argument(text, at)
             index = re.sub(r"\\text|\\mathrm|[{} ]", "", content)
             if not index or index.isdigit() and token != "_":
-                raise Unreadable(f"{token} of nothing, or a repeating decimal")
+                raise ValueError(f"{token} of nothing, or a repeating decimal")
             tokens.append((tokens.pop() if token == "_" else "$") + token + index)
         elif token == "'" and before[0] == "$":
             tokens[-1] += "'"
@@ -580,69 +527,51 @@ def tokenise(text, prose=False):
 
 def argument(text, at):
     """(argument, its end) of the command that ends at `at`: a group in braces or one token."""
-    while text[at:at + 1] == " ":
-        at += 1
-    if text[at:at + 1] == "{" and (content := braced(text, at)) is not None:
+    at += len(text[at:]) - len(text[at:].lstrip(" "))
+    content = braced(text, at) if text[at:at + 1] == "{" else None
+    if content is not None:
         return content, at + len(content) + 2
     found = TOKEN.match(text, at)
     return (found[0], found.end()) if found else ("", at)
 
 
-def styled(command, content):
-    r"""Tokens of the content of \text{...} or of a font such as \mathbf{...}."""
-    name = content.strip()
-    if len(name) == 1 and name.isalpha() and (command in FONTS or name in "eid"):
-        return ["$" + name]
-    if name in SAME and name.isalpha():  # \operatorname{arcsin}
-        return tokenise(name)
-    formula = re.search(r"[+=^_]|[-/][0-9]|\\[A-Za-z]|[0-9][A-Za-z]", content)
-    return tokenise(content.rstrip(" .\\"), prose=not formula)
-
-
-def unit_name(word):
-    return UNITS.get(word.lower()) or UNITS.get(word.lower().removesuffix("s"))
-
-
 def letters(run, before):
-    """Tokens of a run of letters: a comma or colon, a unit, a word, or a product."""
+    """Tokens of a run of letters: a comma, a unit, a word, or a product."""
+    if run in ("and", "or"):
+        return [","]
     after_value = before[0] in DIGITS | {'"'} or before[-1] in ")}%°/"
-    if run.lower() in SIGNS and (run.lower() != "to" or after_value):
-        return [SIGNS[run.lower()]]
-    is_unit = len(run) > 1 and (unit_name(run) or run.lower().removesuffix("s") in TYPED_UNITS)
+    is_unit = len(run) > 1 and run.lower() in UNITS
     starts = before == " " and run[0].isupper() and len(run) > 3  # LQSX, Even
     if starts or is_unit and (after_value or before[0] == "$" and len(run) > 3):
         return [f'"{run}']
     return [f"${letter}" for letter in run]
 
 
-# ----- tokens to a tree
+# ----- tokens to a tree; operators by how tightly they bind, the loosest first
 
-# operators by how tightly they bind, the loosest first
 LEVELS = [r"= < > \le \ge \ne \in \notin \sim \equiv \to \implies \subset \subseteq \perp",
           r"\cup \cap", ":", r"+ - \pm \mp", "* /", "^ ! _ % °"]
 BINDING = {token: n for n, tokens in enumerate(LEVELS, 1) for token in tokens.split()}
-RELATION, UNION, RATIO, SUM, PRODUCT, POWER, UNIT = range(1, 8)
+RELATION, UNION, RATIO, SUM, PRODUCT, _, UNIT = range(1, 8)
 BRACKETS = {(opening, closing): style for opening, closing, style in map(str.split, r"""
     ( ) (); [ ] []; { } {}; [ ) [); ( ] (]; \{ \} set; | | abs; \langle \rangle <>;
     \lfloor \rfloor floor; \lceil \rceil ceil; \row \endrow row; \matrix \endmatrix matrix
     """.split(";"))}
+UPWARD = {">": "<", r"\ge": r"\le"}
 OPENING = {opening for opening, _ in BRACKETS}
 CLOSING = {closing for _, closing in BRACKETS} - {"|"} | {""}
-ENDS = CLOSING | set(LEVELS[0].split()) | {",", ";"}
+ENDS = CLOSING | set(LEVELS[0].split()) | {","}
 STARTS = FUNCTIONS | OPENING - {r"\{"} | {r"\frac", r"\binom", r"\sqrt"}
-CONSTANTS = {name: ("const", name) for name in "eiπ∞"} | {"∅": ("seq", "set")}
-CALL = re.compile(r"(?:[fghFGHP]'*|[fgh]_-1)\(|[A-Za-z]'*\(\$?[A-Za-z0]\)")  # f(...), I(0)
+CONSTANTS = {name: ("const", name) for name in "eiπ"}
+CONSTANTS |= {"∞": ("itself", "∞"), "∅": ("seq", "set")}
+CALL = re.compile(r"[fghFGHP]'*\(|[A-Za-z]'*\(\$?[A-Za-z0]\)")  # f(...), I(0)
 # words with powers, * and /; but 5 thousand is not 5, and x if x > 0 is not x
-UNITS_TEXT = re.compile(r"([/*] )*((?!(?:if|when|where|for|not|mod|is|hundred|thousand|trillion)\b)"
-                        r"[A-Za-z%-]+ (\^ (- )?[0-9] )?([/*] )*)+")
+UNITS_TEXT = re.compile(r"([/*] )*((?!(?:if|when|where|for|not|mod|is|hundred|thousand|[mb]illion|"
+                        r"trillion)\b)[A-Za-z%-]+ (\^ (- )?[0-9] )?([/*] )*)+")
 
 
 class Reader:
-    """
-    A Pratt parser: one loop, in which the operator that binds more tightly takes the operand.
-
-    Every method reads from the tokens what its name says, or raises Unreadable.
-    """
+    """A Pratt parser: each method reads what its name says, or raises ValueError."""
 
     def __init__(self, tokens):
         self.tokens, self.at = [*tokens, ""], 0
@@ -654,107 +583,81 @@ class Reader:
         return self.tokens[self.at]
 
     def take(self):
-        if not self.next:
-            raise Unreadable("it ends too early")
-        self.at += 1
-        return self.tokens[self.at - 1]
-
-    def took(self, *tokens):
-        found = self.next in tokens
-        self.at += found
-        return found
+        token = self.next
+        self.at += token != ""
+        return token
 
     def at_end(self, ends=ENDS):
         return self.next in ends or self.next == "|" and self.bars > 0
 
-    def answer(self):
-        members = self.members()
-        if self.next or not members:
-            raise Unreadable("nothing, or more than an answer")
-        return members[0] if len(members) == 1 else ("seq", "list", *members)
-
     def members(self):
-        """Items, with commas between them, up to a closing bracket."""
+        """Expressions and relations, with commas between them, up to a closing bracket."""
         found = []
-        while True:
-            while self.took(",", ";"):
-                pass
-            if self.at_end(CLOSING):
-                return found
-            found.append(self.item())
-            if self.next not in (",", ";"):
-                return found
-
-    def item(self):
-        """One member: an expression or relation, and its unit."""
-        outer, self.unit = self.unit, None
-        self.took("=")  # "= 5"
-        node = self.expression()
-        unit, self.unit = self.unit, outer
-        return ("unit", unit, node) if unit else node
+        while self.next == "," or not (found or self.at_end(CLOSING)):
+            self.at += self.next == ","
+            if self.at_end(CLOSING | {","}):
+                continue
+            self.unit = None
+            self.at += self.next == "="  # of "= 5"
+            node = self.expression()
+            if node[0] == "rel" and {*node[1]} <= UPWARD.keys():  # 2 < x for x > 2
+                node = ("rel", tuple(UPWARD[op] for op in node[1][::-1]), *node[:1:-1])
+            found.append(("unit", self.unit, node) if self.unit else node)
+        return found
 
     def expression(self, strength=0):
         """An operand and all operators after it that bind more tightly than `strength`."""
         left = self.operand()
-        while (binding := self.binding()) > strength:
+        while True:
+            token = self.next
+            factor = token[:1] in DIGITS | {"$"} or token in STARTS and not self.at_end()
+            words = '"' in (token[:1], token in ("/", "*") and self.tokens[self.at + 1][:1])
+            binding = UNIT if words else BINDING.get(token, PRODUCT * factor)
+            if binding <= strength:
+                return left
             left = self.operation(left, binding)
-        return left
-
-    def binding(self):
-        """How tightly the next token binds what was just read; 0: not at all."""
-        token = self.next
-        if token[:1] == '"' or token in ("/", "*") and self.tokens[self.at + 1][:1] == '"':
-            return UNIT
-        return BINDING.get(token) or PRODUCT * self.starts_factor()
-
-    def starts_factor(self):
-        token = self.next
-        return token in STARTS and not self.at_end() or token[:1] == "$" or token[:1] in DIGITS
 
     def operation(self, left, binding):
-        """`left` joined with the next operator and what belongs to it."""
         token = self.next
         if binding == UNIT:
             return self.units(left)
         if token not in BINDING:  # two factors side by side
             if token[0] in DIGITS and self.tokens[self.at - 1] not in (")", "]"):
-                raise Unreadable("a number after a factor")
+                raise ValueError("a number after a factor")
             return product(left, self.expression(PRODUCT))
         self.take()
-        if binding == POWER:
-            return self.postfix(left, token)
+        if token == "^":
+            return ("op", "^", left, self.operand())
+        if token == "!":
+            return ("op", "factorial", left)
+        if token == "_":  # 204_5
+            base = self.operand()
+            if left[0] != "num" or base[0] != "num" or left[1].denominator != 1:
+                raise ValueError("an index of what is no name")
+            return left if base == number(10) else ("itself", (left, base))
+        if token == "°" and self.angles:  # in sin 30 degrees a factor, elsewhere a unit
+            return product(left, quotient(CONSTANTS["π"], number(180)))
+        if token in ("°", "%"):
+            self.unit = "deg" if token == "°" else "%"
+            return left
         right = self.expression(binding)
         if binding == RELATION:
-            return related(left, token, right)
+            ops, *sides = left[1:] if left[0] == "rel" else ((), left)
+            return ("rel", (*ops, token), *sides, right)
         if binding in (UNION, RATIO):
             return joined("seq", token, left, right)
         if token in ("*", "/"):
             return product(left, right) if token == "*" else quotient(left, right)
         return joined("op", "+", left, signed(token, right))
 
-    def postfix(self, left, token):
-        if token == "^":
-            return ("op", "^", left, self.operand())
-        if token == "!":
-            return ("op", "!", left)
-        if token == "_":  # 204_5
-            base = self.operand()
-            if left[0] != "num" or base[0] != "num":
-                raise Unreadable("an index of what is no name")
-            return left if base == number(10) else ("base", (left, base))
-        if token == "°" and self.angles:  # in sin 30 degrees a factor, elsewhere a unit
-            return product(left, quotient(CONSTANTS["π"], number(180)))
-        self.unit = "deg" if token == "°" else token
-        return left
-
     def units(self, left):
         """The words up to the end of the item: cm, square cm, kcal m^-2 yr^-1, miles / hour."""
         words = [word.strip('"') for word in self.rest() if word not in ("{", "}")]
-        names = [unit_name(word) for word in words]
+        names = [UNITS.get(word.lower()) for word in words]
         text = " ".join(name or word for name, word in zip(names, words, strict=True)) + " "
         unknown = words[0] in ("/", "*") and not names[1]  # x/y is no x
         if unknown or not UNITS_TEXT.fullmatch(text):
-            raise Unreadable(f"{text} is no unit")
+            raise ValueError(f"{text} is no unit")
         text = re.sub(r"\b(?:square|sq) (\S+)", r"\1 ^ 2", text)
         text = re.sub(r"\bcubic (\S+)", r"\1 ^ 3", text)
         self.unit = text.strip() if any(names) else self.unit
@@ -762,50 +665,54 @@ class Reader:
 
     def rest(self):
         start, depth = self.at, 0
-        while depth or not self.at_end():
+        while self.next and (depth or not self.at_end()):
             depth += {"{": 1, "}": -1}.get(self.take(), 0)
         return self.tokens[start:self.at]
 
     def operand(self):
         token = self.take()
-        if token[0] in DIGITS:
-            return number(token)
-        if token[0] == "$":
-            return self.name(token[1:])
-        if token[0] == '"':
-            return self.words(token[1:])
+        if token[:1] in DIGITS:
+            return self.number(token)
+        if token[:1] == "$" or token[:1] == '"' != self.next[:1] and len(token) == 2:
+            name = token[1:]
+            if CALL.match(name + "".join(self.tokens[self.at:self.at + 3])):
+                return ("call", name, self.operand())
+            return CONSTANTS.get(name) or ("var", name)
+        if token[:1] == '"':
+            return ("text", re.sub(r'["${}]', "", token + "".join(self.rest())).lower())
         if token in ("+", "-", r"\pm", r"\mp"):
             return signed(token, self.expression(PRODUCT))
         if token in OPENING:
             return self.bracket(token)
         if token == r"\frac":
-            return quotient(self.operand(), self.operand())
+            return quotient(self.part(), self.part())
         if token == r"\binom":
-            return ("op", "binom", self.operand(), self.operand())
+            return ("op", "binomial", self.operand(), self.operand())
         if token == r"\sqrt":
-            return self.root()
+            index = self.operand() if self.next == "[" else number(2)
+            return ("op", "^", self.operand(), quotient(number(1), index))
         if token in FUNCTIONS:
-            return self.function(token)
-        raise Unreadable(f"{token!r} is not the start of a value")
+            return self.function(token[1:].replace("arc", "a"))
+        raise ValueError(f"{token!r} is not the start of a value")
 
-    def words(self, word):
-        """A lone letter, or a text up to the end of the item."""
-        if self.next[:1] != '"' and len(word) == 1:
-            return self.name(word)
-        return ("text", re.sub(r'["${}]', "", "".join((word, *self.rest()))).lower())
+    def number(self, token):
+        r"""A number; 2\frac14 and 2 1/4 are 2 + 1/4, and 2\frac54 is nothing."""
+        whole, mark, after = number(token), self.tokens[self.at - 2], self.next
+        if mark in ("^", "_") or not token.isdigit() or not (after == r"\frac" or after.isdigit()):
+            return whole
+        part = self.operand() if after == r"\frac" else self.expression(SUM)
+        if part[0] != "num" and after == r"\frac":
+            return product(whole, part)
+        if part[0] != "num" or not 0 < part[1] < 1:
+            raise ValueError("a number before what is no fraction below 1")
+        return number(whole[1] + part[1])
 
-    def name(self, name):
-        """A constant, a variable, or an unknown function: f(x), I(0)."""
-        if CALL.match(name + "".join(self.tokens[self.at:self.at + 3])):
-            return ("call", name, self.operand())
-        return CONSTANTS.get(name) or ("var", name)
-
-    def root(self):
-        index = number(2)
-        if self.took("["):
-            index = self.expression()
-            self.took("]")
-        return ("op", "root", self.operand(), index)
+    def part(self):
+        r"""An operand of \frac, where \frac12 is one digit for each."""
+        if self.next[:1] in DIGITS:
+            self.tokens[self.at:self.at + 1] = self.next
+            return number(self.take())
+        return self.operand()
 
     def function(self, name):
         marks = {}
@@ -821,7 +728,7 @@ class Reader:
                 inside = product(inside, self.expression(PRODUCT))
         self.angles -= name in TRIGONOMETRIC
         if marks.get("^") == number(-1) and name in TRIGONOMETRIC:
-            return ("op", rf"\arc{name[1:]}", inside)
+            return ("op", f"a{name}", inside)
         node = ("op", name, inside)
         if "_" in marks:
             node = quotient(node, ("op", name, marks["_"]))
@@ -834,7 +741,7 @@ class Reader:
         style = BRACKETS.get((opening, self.take()))
         self.bars, self.unit = outside
         if not style or not members and style != "set":
-            raise Unreadable("brackets that do not match, or are empty")
+            raise ValueError("brackets that do not match, or are empty")
         if len(members) > 1 or style not in ("()", "[]", "{}", "abs", "floor", "ceil"):
             return ("seq", style, *members)
         node = without_unit(members[0])
@@ -848,12 +755,10 @@ def number(value):
     return ("num", Fraction(value))
 
 
-def negated(node):
-    return ("num", -node[1]) if node[0] == "num" else ("op", "neg", node)
-
-
 def signed(sign, node):
-    return {"+": node, "-": negated(node)}.get(sign) or ("op", sign, node)
+    if sign in ("+", "-"):
+        return node if sign == "+" else product(number(-1), node)
+    return ("op", sign, node)
 
 
 def joined(tag, label, left, right):
@@ -865,30 +770,28 @@ def product(a, b):
     """a * b; a number times a matrix multiplies its entries."""
     if b[:2] in (("seq", "matrix"), ("seq", "row")):
         return (*b[:2], *(product(a, part) for part in b[2:]))
+    if a[0] == b[0] == "num" and bits(a[1]) + bits(b[1]) < MAX_BITS:
+        return number(a[1] * b[1])
     return joined("op", "*", a, b)
 
 
 def quotient(a, b):
-    return product(a, ("op", "^", b, number(-1)))
+    return product(a, number(1 / b[1]) if b[0] == "num" and b[1] else ("op", "^", b, number(-1)))
 
 
-def related(left, op, right):
-    """One more side of a chain a = b < c."""
-    ops, *sides = left[1:] if left[0] == "rel" else ((), left)
-    return ("rel", (*ops, op), *sides, right)
+def bits(x):
+    return max(x.numerator.bit_length(), x.denominator.bit_length())
 
 
 # ----- trees compared part by part; p is of the prediction, g of the gold answer
 
 
 def same(p, g):
-    """Equality of two trees."""
     if p == g:
         return True
-    p_unit, g_unit = (node[1] if node[0] == "unit" else None for node in (p, g))
-    if p_unit and g_unit and p_unit != g_unit:
+    if p[0] == g[0] == "unit" and p[1] != g[1]:
         return False
-    p, g = without_unit(p, g_unit), without_unit(g, p_unit)
+    p, g = without_unit(p, g), without_unit(g, p)
     if p[0] == "rel" and g[0] != "rel":  # x = 5 for 5: every value that is stated must be right
         values = stated_values(p)
         return bool(values) and all(same(value, g) for value in values)
@@ -907,9 +810,9 @@ def same(p, g):
     return {p[0], g[0]} <= {"num", "var", "const", "op", "call"} and same_expression(p, g)
 
 
-def without_unit(node, other_unit=None):
+def without_unit(node, other=()):
     r"""A value without its unit; 1000 m beside 1000\text{ m} ends in a letter that is one."""
-    if other_unit and node[:2] == ("op", "*") and other_unit == str(node[-1][1]).lower():
+    if other[:1] == ("unit",) and node[:2] == ("op", "*") and str(node[-1][1]).lower() == other[1]:
         return node[2] if len(node) == 4 else node[:-1]
     return node[2] if node[0] == "unit" else node
 
@@ -921,16 +824,11 @@ def members_of(node):
             for member in dict.fromkeys((with_sign(part, r"\pm"), with_sign(part, r"\mp")))]
 
 
-def contains(node, *labels):
-    return node[0] == "op" and node[1] in labels or any(
-        contains(part, *labels) for part in node[2:])
-
-
 def with_sign(node, positive):
     r"""The tree with all \pm and \mp, which are linked, read as + or -."""
     node = (*node[:2], *(with_sign(part, positive) for part in node[2:]))
     if node[:2] in (("op", r"\pm"), ("op", r"\mp")):
-        return node[2] if node[1] == positive else negated(node[2])
+        return node[2] if node[1] == positive else signed("-", node[2])
     return node
 
 
@@ -979,38 +877,20 @@ def stated_values(relation):
     return [] if any(map(variables, values)) else values
 
 
-UPWARD = {">": "<", r"\ge": r"\le"}
-
-
-def upward(relation):
-    """2 < x for x > 2."""
-    tag, ops, *sides = relation
-    if ops and set(ops) <= UPWARD.keys():
-        return (tag, tuple(UPWARD[op] for op in reversed(ops)), *reversed(sides))
-    return relation
-
-
 def same_relation(p, g):
-    """The same sides; or one is a multiple of the other."""
-    (_, p_ops, *ps), (_, g_ops, *gs) = upward(p), upward(g)
-    if p_ops != g_ops:
-        return False
-    return same_each(ps, gs) or len(p_ops) == 1 and same_multiple(p_ops[0], ps, gs)
-
-
-def same_multiple(op, ps, gs):
-    """Is left - right the same up to a constant factor, which an inequality needs positive?"""
-    if op not in ("=", r"\ne", "<", r"\le") or "seq" in {side[0] for side in (*ps, *gs)}:
-        return False
-    p, g = (joined("op", "+", left, negated(right)) for left, right in (ps, gs))
+    """The same sides, or left - right is the same up to a factor, which < needs positive."""
+    (_, p_ops, *ps), (_, g_ops, *gs) = p, g
+    if p_ops != g_ops or len(p_ops) > 1 or same_each(ps, gs):
+        return p_ops == g_ops and same_each(ps, gs)
+    p, g = (joined("op", "+", left, signed("-", right)) for left, right in (ps, gs))
     try:
         factor = evaluate(quotient(p, g), coordinate)
     except ArithmeticError:
         return False
     positive = MP.im(factor) == 0 and MP.re(factor) > 0
-    if not variables(p) or not factor or not positive and op not in ("=", r"\ne"):
+    if p_ops[0] not in (("=", r"\ne", "<", r"\le") if positive else ("=", r"\ne")):
         return False
-    return same_expression(p, product(("num", factor), g))
+    return bool(factor and variables(p)) and same_expression(p, product(("num", factor), g))
 
 
 # ----- two expressions are equal if they agree at random points: exactly where all is rational,
@@ -1020,43 +900,43 @@ MP = mpmath.MPContext()  # our own, so that nobody's mpmath.mp.dps changes a ver
 MP.dps = 50
 LOCK = threading.Lock()  # mpmath caches its constants without one
 TOLERANCE = MP.mpf(10) ** -30
+ODD_ROOTS = {MP.mpf(1) / n for n in (3, 5, 7)}
+# sqrt(x^2 y^2) is not xy, but sqrt(r^2) is r: other letters are lengths and the like
+FLIPPED = ("", "x", "y", "z", "xyz")  # negative at point k, k + 1 ...
 NUMBERS = {"π": +MP.pi, "e": +MP.e, "i": MP.mpc(0, 1)}
 
 
 def same_expression(p, g):
-    names = variables(p) | variables(g)
-    both = ("op", "", p, g)
-    whole = contains(both, "!", "binom") or all(contains(x, "floor", "ceil") for x in (p, g))
-    signed = contains(both, "abs")
-    wanted = 0 if not names else 29 if whole or signed else 2
-    for k in range(3 * wanted + 1):
+    whole = all(labels(tree) & {("op", "floor"), ("op", "ceil")} for tree in (p, g))
+    signed = ("op", "abs") in labels(p) | labels(g)
+    needed = 60 if signed else 30 if whole else 5  # f is below 0 at few points, where |f| is not f
+    needed = needed if variables(p) | variables(g) else 1
+    for k in range(5 * needed):
         point = functools.partial(coordinate, k=k, whole=whole, signed=signed)
         try:
             a, b = evaluate(p, point), evaluate(g, point)
         except (ArithmeticError, ValueError):  # a pole or a bound: try another point
             continue
-        if k % 2 and (MP.im(a) or MP.im(b)):
+        if FLIPPED[k % 5] and (MP.im(a) or MP.im(b)):
             continue  # a root or logarithm of a negative variable, which is not meant
-        if not close(a, b):
+        exact = isinstance(a, Fraction) and isinstance(b, Fraction)
+        if not (a == b if exact else MP.almosteq(MP.convert(a), MP.convert(b), TOLERANCE, 0)):
             return False
-        if wanted == 0:
+        needed -= 1
+        if needed == 0:
             return True
-        wanted -= 1
     return False
 
 
-def close(a, b):
-    """Equal, or to 30 digits."""
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return a == b
-    return MP.almosteq(MP.convert(a), MP.convert(b), TOLERANCE, 0)
-
-
 @functools.lru_cache(maxsize=2048)
+def labels(node):
+    """(tag, label) of every node of a tree."""
+    return {node[:2]}.union(*map(labels, node[2:]))
+
+
 def variables(node):
     """Names of the variables and unknown functions of a tree."""
-    own = {node[1]} if node[0] in ("var", "call") else set()
-    return own.union(*map(variables, node[2:]))
+    return {label for tag, label in labels(node) if tag in ("var", "call")}
 
 
 @functools.lru_cache(maxsize=8192)
@@ -1065,55 +945,40 @@ def coordinate(name, k=0, whole=False, signed=False):
     if whole:  # without repetition: floor(n/8) and floor((n+1)/8) differ at every eighth number
         return Fraction(random.Random(name).sample(range(3, 41), 38)[k % 38])
     draw = random.Random(f"{name} {k}")
-    value = Fraction(draw.randint(501, 3999), 997)
-    # sqrt(x^2) is not x, but sqrt(r^2) is r: other letters are lengths and the like
-    negative = draw.random() < 0.5 if signed else name in ("x", "y", "z")
-    return -value if k % 2 and negative else value
+    value = Fraction(draw.randint(501, 3999), draw.choice((97, 997, 3989)) if signed else 997)
+    negative = draw.random() < 0.5 if signed else name in FLIPPED[k % 5]
+    return -value if k % 5 and negative else value
 
 
 def evaluate(node, point):
-    """
-    Value where the variables are point(name): a Fraction while all is rational, else an mpmath
-    number.  Raises ZeroDivisionError where there is none, OverflowError at a bound.
-    """
+    """A Fraction while all is rational, else an mpmath number; ArithmeticError at a bound."""
     tag, label, *parts = node
-    if tag == "num":
-        return label
+    if tag in ("num", "const"):
+        return NUMBERS.get(label, label)
     if tag == "var":
         return point(label)
-    if tag == "const" and label in NUMBERS:
-        return NUMBERS[label]
     if tag not in ("op", "call"):
         raise OverflowError(f"{tag} has no value")
     values = [evaluate(part, point) for part in parts]
     if tag == "call":  # an unknown function has a random value for each argument
         return point(f"{label} of {[MP.nstr(MP.convert(x), 25) for x in values]}")
-    return functools.reduce(functools.partial(apply, label), values) if label in "+*" else apply(
-        label, *values)
+    if label in "+*":
+        return functools.reduce(functools.partial(apply, label), values)
+    return apply(label, *values)
 
 
 def apply(name, *values):
-    """One operation, on Fractions or on mpmath numbers."""
-    if not all(isinstance(x, Fraction) for x in values):
+    exact = all(isinstance(x, Fraction) for x in values)
+    if not exact:
         values = [MP.convert(x) for x in values]
+    if name == "+" and not exact and all(values):
+        first, second = map(MP.mag, values)
+        if abs(first - second) > 96:
+            raise OverflowError("the smaller would be lost, and 10^40 + pi equal to 10^40")
     value = OPERATIONS[name](*values) if name in OPERATIONS else function(name, *values)
-    if isinstance(value, Fraction):
-        if bits(value) > MAX_BITS:
-            raise OverflowError("too many digits")
-    elif not MP.isfinite(value):
-        raise ZeroDivisionError("infinite")
+    if bits(value) > MAX_BITS if isinstance(value, Fraction) else not MP.isfinite(value):
+        raise OverflowError("too many digits, or infinite")
     return value
-
-
-def bits(x):
-    return max(x.numerator.bit_length(), x.denominator.bit_length())
-
-
-def add(a, b):
-    # the smaller one would be lost, and 10^40 + pi equal to 10^40
-    if not isinstance(a, Fraction) and a and b and abs(MP.mag(a) - MP.mag(b)) > 96:
-        raise OverflowError("a sum of very different sizes")
-    return a + b
 
 
 def power(a, b):
@@ -1124,29 +989,21 @@ def power(a, b):
     a, b = MP.convert(a), MP.convert(b)
     if abs(b) * (abs(MP.mag(a)) + 1) > MAX_EXPONENT_BITS:
         raise OverflowError("a large power")
+    if b in ODD_ROOTS and not MP.im(a) and MP.re(a) < 0:
+        return -MP.power(-a, b)  # the real root
     return MP.power(a, b)
 
 
-def root(x, n):
-    """The real root, where there is one."""
-    if n in (3, 5, 7) and not MP.im(x) and MP.re(x) < 0:
-        return -power(-x, 1 / n)
-    return power(x, 1 / n)
-
-
 def function(name, *values):
-    r"""mpmath's function of the name: \arcsin is its asin."""
     values = [MP.convert(x) for x in values]
     if name in ("floor", "ceil") and MP.almosteq(*values, MP.nint(*values), TOLERANCE):
         return MP.nint(*values)  # log2(8) is 3, however it was rounded
-    if name != r"\ln" and any(x and MP.mag(x) > MAX_ARGUMENT_BITS for x in values):
+    if name != "ln" and any(x and MP.mag(x) > MAX_ARGUMENT_BITS for x in values):
         raise OverflowError("a large argument")
-    return getattr(MP, MPMATH_NAMES.get(name, name).strip("\\").replace("arc", "a"))(*values)
+    return getattr(MP, name)(*values)
 
 
-OPERATIONS = {"+": add, "*": operator.mul, "^": power, "root": root, "neg": operator.neg,
-              "abs": abs}
-MPMATH_NAMES = {"!": "factorial", "binom": "binomial"}
+OPERATIONS = {"+": operator.add, "*": operator.mul, "^": power, "abs": abs}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1170,10 +1027,9 @@ class Worker:
     A user's reward function, "path/to/file.py:name", in a process of its own, asked one completion
     at a time: name(completion, answer) -> a number, or None for no verdict.
 
-    A process that is late is killed with all it started, and the next call starts another: signals
-    do not interrupt C code, and the timeouts of thread and process pools only stop waiting.  It is
-    started afresh (a fork of a process with torch's threads may hang), sees no GPU, and dies with
-    the thread that started it.  JSON goes both ways, so that nothing is unpickled.
+    A late process is killed with all it started: signals do not interrupt C code, and the timeouts
+    of pools only stop waiting.  It is no fork (one of a process with torch's threads may hang),
+    sees no GPU, and dies with the thread that started it.  JSON both ways: nothing is unpickled.
     """
 
     def __init__(self, function):
@@ -1186,8 +1042,7 @@ class Worker:
         """
         ("done", number), or (timeout | crash | no_verdict, nan).
 
-        Raises ValueError if the file cannot be imported, and if the function returns a list, tuple,
-        dict or string before it has ever returned a number.
+        Raises ValueError if the file cannot be imported or its first results are no numbers.
         """
         with self.lock:
             reply = self.exchange(json.dumps([completion, answer]).encode(), timeout)
