@@ -98,7 +98,7 @@ def repetition_penalty(text, ngram_size=3):
 
 
 def soft_overlong_penalty(length, max_length=16384, cache=4096):
-    """DAPO's equation 13 (arXiv 2503.14476): 0 to max_length - cache, -1 from max_length on."""
+    """0 to max_length - cache, then linearly down to -1 (DAPO, arXiv 2503.14476, eq. 13)."""
     return max(-1.0, min(0.0, (max_length - cache - length) / cache))
 
 
