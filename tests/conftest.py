@@ -97,6 +97,11 @@ def run_rank(script, flags, environment, outputs):
             os.dup2(file.fileno(), descriptor)
     os.chdir(ROOT)
     os.environ.update(environment)
+    tree = Path(script).parent
+    if tree != ROOT:  # a patched tree has modules of its own
+        sys.path.insert(0, str(tree))
+        for module in tree.glob("*.py"):
+            sys.modules.pop(module.stem, None)
     sys.argv = [script, *flags]
     runpy.run_path(script, run_name="__main__")
 
