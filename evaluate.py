@@ -36,23 +36,22 @@ import itertools
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
-import torch.distributed as dist
 from tqdm import tqdm
 
 from data import check_lengths, load_problems, set_chat_template, system_prompt_text
 from model import (
-    check_flags, flag, folder_hash, git_commit, load_config, load_tokenizer, model_folder,
-    read_jsonl, run_main, setup_distributed, shutdown_distributed, text_hash, versions,
-    write_atomically)
+    RankFailure, check_flags, flag, folder_hash, git_commit, load_config, load_tokenizer,
+    model_folder, read_jsonl, run_main, setup_distributed, shutdown_distributed, text_hash,
+    versions, wait_for_all_ranks, write_atomically)
 from rewards import extract_answer, gold_answer, is_equal
-from rollout import Engine, completion_text, engine_layout, sampling_seed
+from rollout import Engine, EngineError, completion_text, engine_layout, sampling_seed
 
 # Hub id and split. AMC23 has 40 problems; the 83 that others call AMC are AMC22 and AMC23.
 BENCHMARKS = {
@@ -241,7 +240,7 @@ def write_jsonl(path, rows):
 
 
 def draw_missing(cfg, ctx, layout, name, model_path, max_tokens):
-    """Draw this engine's share of what a model lacks -> folder of its samples. EngineError."""
+    """Draw this engine's share of what a model lacks -> folder of its samples. RankFailure."""
     tokenizer = load_tokenizer(model_path)
     set_chat_template(tokenizer, cfg.chat_template)
     questions = load_questions(cfg, tokenizer, verbose=ctx.is_main)
@@ -292,6 +291,8 @@ def draw_missing(cfg, ctx, layout, name, model_path, max_tokens):
                        "text": completion_text(tokenizer, completion)}
                 file.write(json.dumps(row) + "\n")
                 file.flush()
+    except EngineError as error:
+        raise RankFailure(f"sampling {name} failed on rank {ctx.rank}: {error}") from error
     finally:
         engine.close()
     return folder
@@ -616,7 +617,7 @@ def main(cfg):
         if not holds_samples(folder):
             folders[name] = draw_missing(cfg, ctx, layout, name, folder, max(budgets))
     # Engines finish hours apart. Where one fails its rank does too, and torchrun ends the others.
-    dist.monitored_barrier(ctx.control, timeout=timedelta(days=7), wait_all_ranks=True)
+    wait_for_all_ranks(replace(ctx, timeout=timedelta(days=7)))
     shutdown_distributed(ctx)
     if ctx.is_main:
         report(cfg, folders, budgets)

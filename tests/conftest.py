@@ -97,23 +97,34 @@ def run_rank(script, flags, environment, outputs):
             os.dup2(file.fileno(), descriptor)
     os.chdir(ROOT)
     os.environ.update(environment)
+    tree = Path(script).parent
+    if tree != ROOT:  # a patched tree has modules of its own
+        sys.path.insert(0, str(tree))
+        for module in tree.glob("*.py"):
+            sys.modules.pop(module.stem, None)
     sys.argv = [script, *flags]
     runpy.run_path(script, run_name="__main__")
 
 
-def run_script(script, *flags, ranks=1, timeout=300):
+def start_fork(script, flags, outputs, **environment):
+    """Start a script as a fork of WARM; returns its process. outputs: files of stdout, stderr."""
+    environment = {name: str(value) for name, value in environment.items()}
+    arguments = [str(ROOT / script), list(map(str, flags)), environment, outputs]
+    process = WARM.Process(target=run_rank, args=arguments)
+    process.start()
+    return process
+
+
+def run_script(script, *flags, ranks=1, machines=1, timeout=300):
     """Like torchrun, without torchrun and imports: for tests of what a program computes or says."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        local = ranks // machines
         world = dict(MASTER_ADDR="localhost", MASTER_PORT=free_port(), WORLD_SIZE=ranks,
-                     LOCAL_WORLD_SIZE=ranks)
-        processes = []
-        for rank in range(ranks):
-            environment = {**world, "RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}
-            environment = {name: str(value) for name, value in environment.items()}
-            arguments = [str(ROOT / script), list(map(str, flags)), environment, outputs]
-            processes.append(WARM.Process(target=run_rank, args=arguments))
-            processes[-1].start()
+                     LOCAL_WORLD_SIZE=local)
+        environments = [{**world, "RANK": rank, "LOCAL_RANK": rank % local} if ranks > 1 else {}
+                        for rank in range(ranks)]
+        processes = [start_fork(script, flags, outputs, **each) for each in environments]
         deadline = time.monotonic() + timeout
         for process in processes:
             process.join(max(0, deadline - time.monotonic()))

@@ -15,7 +15,7 @@ ruff check .
 [ $# -eq 0 ] || exec python -m pytest tests "$@"
 
 # Two halves side by side: most of the time goes into starting processes, which takes one core.
-half=(tests/test_{demo,evaluate,grpo,rollout}.py)
+half=(tests/test_{demo,evaluate,grpo,report,rollout}.py)
 log=$(mktemp)
 python -m pytest "${half[@]}" >"$log" 2>&1 &
 half_id=$!

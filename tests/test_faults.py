@@ -430,9 +430,8 @@ if __name__ == "__main__":
 
 def test_each_machine_writes_its_own_version_of_the_weights(tmp_path, demo):
     (tmp_path / "script.py").write_text(TWO_MACHINES_SCRIPT)
-    program = Program(tmp_path, [str(demo / "base"), str(tmp_path)], agents=2,
-                      script=tmp_path / "script.py", PYTHONPATH=str(ROOT))
-    assert program.end() == [0, 0], program.text[-3000:]
+    done = run_script(tmp_path / "script.py", demo / "base", tmp_path, ranks=2, machines=2)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert all((tmp_path / f"node-{n}/version-000003/config.json").is_file() for n in (0, 1))
 
 

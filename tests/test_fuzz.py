@@ -1,4 +1,4 @@
-"""Hundreds of bad inputs: refused in one line, or dropped and counted; none raises from the depths, none hangs."""
+"""Hundreds of bad inputs: refused in one line, or dropped and counted; none crashes or hangs."""
 
 import contextlib
 import dataclasses
@@ -16,20 +16,14 @@ import rewards
 import train_grpo
 import train_sft
 from model import (
-    check_architecture,
-    checkpoint_defect,
-    file_crc32,
-    load_config,
-    model_folder,
-    stored_tensors,
-)
+    check_architecture, checkpoint_defect, file_crc32, load_config, model_folder, stored_tensors)
 
 SECONDS = 300  # of one case; 10 MB take ten
 
 
 @contextlib.contextmanager
 def one_line_or_nothing(case):
-    """The block may end well or with a ValueError of one line; anything else, a hang included, fails with the case."""
+    """All but a good end or a ValueError of one line, a hang too, fails and names the case."""
     def too_long(number, frame):
         raise AssertionError(f"more than {SECONDS} s: {case!r:.300}")
 
@@ -38,7 +32,8 @@ def one_line_or_nothing(case):
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
-        assert str(error) and "\n" not in str(error).strip() and len(str(error)) < 3000, (case, str(error)[:500])
+        said = str(error)
+        assert said and "\n" not in said.strip() and len(said) < 3000, (case, said[:500])
     except AssertionError:
         raise
     except Exception as error:
@@ -48,9 +43,10 @@ def one_line_or_nothing(case):
         signal.signal(signal.SIGALRM, before)
 
 
-LEAVES = [None, True, 0, -1, 1e308, float("nan"), float("inf"), "", " ", "x", "\x00", "\ud800", "é", "🙂" * 50,
-          "\\boxed{", "\\boxed{1}", "1" * 5000, "<think>", "</think>", "{{ 1/0 }}", "{% raw %}",
-          [], {}, 10**400, "\u202eabc", "%s%n", "\u2028"]
+LEAVES = [
+    None, True, 0, -1, 1e308, float("nan"), float("inf"), "", " ", "x", "\x00", "\ud800", "é",
+    "🙂" * 50, "\\boxed{", "\\boxed{1}", "1" * 5000, "<think>", "</think>", "{{ 1/0 }}", "{% raw %}",
+    [], {}, 10**400, "\u202eabc", "%s%n", "\u2028"]
 
 
 def any_value(rng, depth=0):
@@ -58,7 +54,8 @@ def any_value(rng, depth=0):
         return rng.choice(LEAVES)
     if rng.random() < 0.5:
         return [any_value(rng, depth + 1) for _ in range(rng.randint(0, 3))]
-    keys = rng.choices(["role", "content", "from", "value", "problem", "x", ""], k=rng.randint(0, 3))
+    names = ["role", "content", "from", "value", "problem", "x", ""]
+    keys = rng.choices(names, k=rng.randint(0, 3))
     return {key: any_value(rng, depth + 1) for key in keys}
 
 
@@ -73,7 +70,8 @@ def any_row(rng):
         return {name: value for name, value in good.items() if rng.random() < 0.5}
     if kind == 3:
         roles = ["user", "assistant", "system", "tool", None, 1, ["user"]]
-        turns = [{"role": rng.choice(roles), "content": any_value(rng, 3)} for _ in range(rng.randint(0, 4))]
+        turns = [{"role": rng.choice(roles), "content": any_value(rng, 3)}
+                 for _ in range(rng.randint(0, 4))]
         return {rng.choice(["messages", "conversations"]): rng.choice([turns, any_value(rng)])}
     return {**good, "messages": any_value(rng)}
 
@@ -86,7 +84,8 @@ def any_line(rng):
     if kind == 1:
         return bytes(rng.randrange(256) for _ in range(rng.randint(1, 80))).replace(b"\n", b"")
     if kind == 2:
-        return text.decode().encode(rng.choice(["utf-16", "utf-32", "utf-8-sig"]), "replace").replace(b"\n", b"")
+        encoding = rng.choice(["utf-16", "utf-32", "utf-8-sig"])
+        return text.decode().encode(encoding, "replace").replace(b"\n", b"")
     if kind == 3:
         return b'{"problem": "a", "problem": "b", "generation": "c", "answer": "1"}'
     if kind == 4:
@@ -184,10 +183,13 @@ def test_rows_of_ten_megabytes(tmp_path, use):
     use(path)
 
 
-TEMPLATES = ["", "{{", "{% for %}", "{{ 1/0 }}", "{{ messages[99].content }}", "{{ missing.attribute.of }}", "no roles",
-             "{{ raise_exception('no\nline') }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "\x00",
-             "{{ messages[0]['content'] * 3 }}", "{% include 'x' %}", "{% set x = x + 1 %}{{ x }}", "{{ eos_token }}",
-             "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ bos_token + 1 }}", "{{ messages | nosuchfilter }}"]
+TEMPLATES = [
+    "", "{{", "{% for %}", "{{ 1/0 }}", "{{ messages[99].content }}", "{{ missing.attribute.of }}",
+    "no roles", "{{ raise_exception('no\nline') }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "\x00", "{{ messages[0]['content'] * 3 }}",
+    "{% include 'x' %}", "{% set x = x + 1 %}{{ x }}", "{{ eos_token }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ bos_token + 1 }}",
+    "{{ messages | nosuchfilter }}"]
 
 
 @pytest.mark.parametrize("number", range(len(TEMPLATES)))
@@ -211,13 +213,16 @@ def test_template_files_that_are_no_text(tmp_path, tokenizer):
         data.set_chat_template(tokenizer, str(tmp_path))
 
 
-VALUES = ["", "0", "-1", "1", "nan", "inf", "-inf", "1e999", "2", "0.5", "True", "maybe", "None", "x" * 300, "\x00",
-          "a,b,,", ",", "1,2", "../..", "🙂", "[]"]
+VALUES = [
+    "", "0", "-1", "1", "nan", "inf", "-inf", "1e999", "2", "0.5", "True", "maybe", "None",
+    "x" * 300, "\x00", "a,b,,", ",", "1,2", "../..", "🙂", "[]"]
+STRAY = [["stray"], ["--seed", "1", "--seed"], ["--=3"], ["--learning_rate", "1e-5", "extra"],
+         ["-x"]]
 
 
 @pytest.mark.parametrize("program", [train_sft, train_grpo], ids=["sft", "grpo"])
 def test_every_flag_with_every_odd_value(program):
-    """HfArgumentParser and check_config between them: an accepted value has the flag's type, and no number is NaN."""
+    """HfArgumentParser and check_config accept no value of another type, and no NaN."""
     from transformers.hf_argparser import HfArgumentParser
 
     config_class = program.SFTConfig if program is train_sft else program.GRPOConfig
@@ -236,9 +241,10 @@ def test_every_flag_with_every_odd_value(program):
     numbers = [(name, value) for name, value in accepted if isinstance(value, float)]
     assert not [(name, value) for name, value in numbers if value != value], "not a number"
     with contextlib.redirect_stderr(io.StringIO()):
-        for arguments in (["stray"], ["--seed", "1", "--seed"], ["--=3"], ["--learning_rate", "1e-5", "extra"], ["-x"]):
+        for arguments in STRAY:
             with contextlib.suppress(SystemExit):
-                _, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+                _, unknown = parser.parse_args_into_dataclasses(
+                    arguments, return_remaining_strings=True)
                 assert unknown  # run_main refuses them
 
 
@@ -287,8 +293,10 @@ def test_every_flipped_bit_and_every_truncation_of_a_checkpoint_is_seen(tmp_path
         file.write_bytes(content)
 
 
-PIECES = r"""\boxed{ } 1 \frac { ^ x ( ) , \text{ <think> </think> f( | _ / : = \pm \sin \sqrt[ ] \overline{ ! 0.
-    \begin{pmatrix} \end{pmatrix} & \\ ° % ' cm and million \lfloor \rfloor e i C) ** ½ ² \log \{ \}
+PIECES = r"""
+    \boxed{ } 1 \frac { ^ x ( ) , \text{ <think> </think> f( | _ / : = \pm \sin \sqrt[ ]
+    \overline{ ! 0. \begin{pmatrix} \end{pmatrix} & \\ ° % ' cm and million \lfloor \rfloor e i C)
+    ** ½ ² \log \{ \}
     """.split() + ["\x00", " "]
 
 

@@ -2,22 +2,30 @@
 recipes/originals/*.patch: what the papers' code did, by the numbers that it must give.
 
 The recipes' own --faithful makes the patched trees. The functions that are called check_* run in a
-process of their own, where rewards, data and the trainers are the patched ones.
+process of their own, where rewards, data and the trainers are the patched ones. Stage 2 of both
+patches takes one real step, with vLLM.
 """
 
 import inspect
 import json
+import math
 import os
+import random
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from conftest import ROOT, read_rows, run
+import torch
+import transformers
+from conftest import ROOT, read_rows, run, run_script
 from test_recipes import (
     NEMOTRON, QWEN3, R1, RS1, RS2, RS3, GRPOConfig, command, parse, recipe, stated_rows, write_rows)
 
+from data import encode_prompt, prompt_messages
 from evaluate import EvalConfig
+from rewards import cosine_reward
 
 PATCHES = {"fast_math_r1": R1, "open_rs": RS3}
 
@@ -339,6 +347,91 @@ def test_open_rs(patched, demo, tmp_path):
         assert (config["cosine_max_length"], config["answer_column"]) == (3584, "solution")
     evaluation = parse(EvalConfig, faithful(RS3, "evaluate", tmp_path / "rs3"))
     assert (evaluation.prompt_style, evaluation.num_samples) == ("lighteval", 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# One step of the patched trainer
+# --------------------------------------------------------------------------------------------------
+def one_step(tree, script, demo, folder, **changes):
+    """(metrics, answers) of the recipe's first step, where half of the golds are unreadable."""
+    rows = read_rows(demo / "rl.jsonl")[:4]
+    for row, gold in zip(rows, ["7", "7", *[r"\frac{"] * 2], strict=True):
+        row |= {"answer": gold, "solution": r"So \boxed{7}." if gold == "7" else gold}
+    flags = dict(
+        model_name_or_path=demo / "base", dataset=write_rows(folder / "rows.jsonl", rows),
+        output_dir=folder / "run", sync_dir=folder, system_prompt="none", compile="false",
+        tensor_parallel_size=1, num_prompts_per_step=2, num_generations=4, max_steps=1,
+        max_completion_length=160, top_p=1, min_p=0, **changes)
+    flags = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    done = run_script(tree / "train_grpo.py", *faithful(script, "grpo", folder), *flags)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    (metrics,) = read_rows(folder / "run/metrics.jsonl")
+    answers = read_rows(folder / "run/rollouts/step-000001.jsonl")
+    assert {c["answer"] for c in answers} == {"7", r"\frac{"}
+    return metrics, answers
+
+
+def prompt_of(answer, tokenizer):
+    return encode_prompt(tokenizer, prompt_messages(answer["problem"]))[1]
+
+
+def check_tokens(metrics, answers, demo, tokenizer):
+    """The trainer counts tokens and trains on them, whatever the rewards count."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo / "base")
+    lengths = [len(c["token_ids"]) for c in answers]
+    assert len(set(lengths)) > 1 and sum(lengths) != sum(len(c["text"]) for c in answers)
+    assert metrics["tokens"] == sum(lengths)
+    assert metrics["completions/mean_length"] == np.mean(lengths)
+    assert metrics["completions/max_length"] == max(lengths)
+    for c in answers:
+        prompt, answer = prompt_of(c, tokenizer), c["token_ids"]
+        assert c["length"] == len(answer)
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1:-1]
+        every = logits[:, :len(tokenizer)].log_softmax(-1)
+        # [22] at temperature 1, whatever the answers were sampled at
+        expected = every[range(len(answer)), answer].tolist()
+        assert c["logprobs"] == pytest.approx(expected, abs=2e-4)
+        assert c["entropy"] == pytest.approx((-every.exp() * every).sum(-1).tolist(), abs=2e-4)
+    return lengths
+
+
+def test_a_step_of_fast_math(patched, demo, tokenizer, tmp_path):
+    metrics, answers = one_step(
+        patched["fast_math_r1"], R1, demo, tmp_path, max_model_length=64)
+    lengths = check_tokens(metrics, answers, demo, tokenizer)
+    for c, length in zip(answers, lengths, strict=True):
+        assert c["weight"] == 1 / length  # m_i
+        room = 64 - len(prompt_of(c, tokenizer))  # [28]
+        assert length == room if c["finish_reason"] == "length" else length <= room
+    half = random.Random(2025).sample(range(4), 2)
+    assert {c["row"] for c in answers} == set(half) and metrics["epoch"] == 1  # [17]
+    # [1] characters, [2] the shortest and the longest answer to two problems, [3] a bad gold pays
+    characters = [len(c["text"]) for c in answers]
+    shortest, longest = min(characters), max(characters)
+    for c, count in zip(answers, characters, strict=True):
+        assert c["correct"] == (c["answer"] != "7")
+        share = 0.5 - (count - shortest) / (longest - shortest)
+        rewards = {"format": 0, "cosine": cosine_reward(count, c["correct"], 30000),
+                   "length": share if c["correct"] else min(0, share)}
+        assert c["rewards"] == pytest.approx(rewards)
+        assert c["reward"] == pytest.approx(sum(rewards.values()))
+
+
+def test_a_step_of_open_rs(patched, demo, tokenizer, tmp_path):
+    metrics, answers = one_step(patched["open_rs"], RS3, demo, tmp_path, cosine_max_length=20)
+    lengths = check_tokens(metrics, answers, demo, tokenizer)
+    assert all(c["weight"] == 1 for c in answers)  # m_i, and N is the step's tokens:
+    advantages = [c["advantage"] for c in answers]
+    assert metrics["loss"] == pytest.approx(-np.average(advantages, weights=lengths), abs=1e-5)
+    # [1] characters, [3] a bad gold pays, [30] the cosine has no end
+    for c in answers:
+        assert c["correct"] == (c["answer"] != "7")
+        wave = (1 + math.cos(math.pi * len(c["text"]) / 20)) / 4
+        cosine = wave + 0.5 if c["correct"] else wave - 0.5
+        assert c["rewards"] == pytest.approx({"format_open_rs": 0, "cosine": cosine})
+        assert c["reward"] == pytest.approx(2 * cosine)
+    assert metrics["rollout/logprob_gap"] > 0.01  # [22]
 
 
 # --------------------------------------------------------------------------------------------------

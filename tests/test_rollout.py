@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_model, wait_for
+from conftest import ROOT, start_fork, tiny_model, wait_for
 
 import rollout
 from data import collate
@@ -537,25 +537,28 @@ time.sleep(600)
     ("starting", signal.SIGKILL), ("generating", signal.SIGKILL), ("hung", signal.SIGKILL),
     ("starting", signal.SIGTERM), ("error", None)])
 def test_no_engine_survives_the_trainer(models, tmp_path, temporary, state, end):
-    trainer = subprocess.Popen(
-        [sys.executable, "-c", TRAINER, models["a"][0], tmp_path / "log", state], cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(temporary)}, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True)
+    script, said = tmp_path / "trainer.py", tmp_path / "said"
+    script.write_text(TRAINER)
+    trainer = start_fork(
+        script, [models["a"][0], tmp_path / "log", state], [said, tmp_path / "errors"],
+        TMPDIR=temporary)
     try:
-        group = int(trainer.stdout.readline())
+        wait_for(lambda: said.exists() and said.read_text().endswith("\n"))
+        group = int(said.read_text().split()[0])
         assert living(group) or state == "error"
         if state == "generating":
-            assert trainer.stdout.readline() == "sampling\n"
+            wait_for(lambda: said.read_text().endswith("sampling\n"))
         if state == "hung":
             wait_for(lambda: len(living(group)) >= 2)  # until the guard is there
             os.kill(group, signal.SIGSTOP)
         if end:
-            trainer.send_signal(end)
-        assert trainer.wait(60) != 0
+            os.kill(trainer.pid, end)
+        trainer.join(60)
+        assert trainer.exitcode
         assert_gone(group)
     finally:
         trainer.kill()
-        trainer.wait()
+        trainer.join()
 
 
 def test_child_environment_is_free_of_torchrun(monkeypatch):

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 import transformers
-from conftest import read_rows, run_script, start, torchrun, wait_for
+from conftest import read_rows, run_script, start, wait_for
 
 import train_sft
 
@@ -77,7 +77,7 @@ def test_killed_and_resumed_equals_unbroken(tmp_path, demo, short_data, unbroken
     (output / "checkpoints/step-000010.tmp").mkdir(exist_ok=True)
     refused = run_script("train_sft.py", *arguments)
     assert refused.returncode != 0 and "add --resume" in refused.stderr
-    resumed = torchrun("train_sft.py", *arguments, "--resume", "True")
+    resumed = run_script("train_sft.py", *arguments, "--resume", "True", ranks=2)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert losses(output) == losses(unbroken) and sorted(losses(output)) == list(range(1, 11))
     ours, theirs = weights(output), weights(unbroken)
@@ -196,7 +196,8 @@ def test_wrong_input_is_one_clear_line(flag, tmp_path, demo, short_data):
 
 def test_empty_data_and_corrupt_weights(tmp_path, demo):
     (tmp_path / "empty.jsonl").write_text("")
-    done = torchrun("train_sft.py", *flags(demo, tmp_path / "a", dataset=tmp_path / "empty.jsonl"))
+    done = run_script(
+        "train_sft.py", *flags(demo, tmp_path / "a", dataset=tmp_path / "empty.jsonl"))
     assert done.returncode != 0
     assert done.stderr.count("no row can be used") == 1, done.stderr[-2000:]
     broken = tmp_path / "model"
