@@ -126,7 +126,7 @@ def grpo(args):
         dataset=args.output / "grpo.jsonl", output_dir=args.output / "grpo",
         problem_column="question", system_prompt=PROMPT, chat_template="tokenizer",
         num_prompts_per_step=args.problems_per_step, num_generations=8, max_prompt_length=384,
-        max_completion_length=args.answer_tokens, top_p=1, min_p=0,
+        max_completion_length=args.answer_tokens, temperature=args.temperature, top_p=1, min_p=0,
         reward_funcs="accuracy,format_open_rs", reward_weights="1,0.2",
         max_steps=args.grpo_steps, learning_rate=args.grpo_learning_rate,
         lr_scheduler_type="constant_with_warmup", warmup_ratio=0.1, beta=0, epsilon_high=0.28,
@@ -233,7 +233,7 @@ def main():
     add("--answer_tokens", type=int, default=160, help="limit of an answer")
     add("--test_problems", type=int, default=400)
     add("--samples", type=int, default=2, help="per test problem")
-    add("--temperature", type=float, default=1.0, help="of the evaluation; GRPO samples at 1")
+    add("--temperature", type=float, default=0.6, help="of GRPO's samples and the evaluation's")
     add("--speed_steps", type=int, default=12)
     add("--repeats", type=int, default=2)
     args = parser.parse_args()
