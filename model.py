@@ -1236,8 +1236,6 @@ def check_common_flags(cfg):
         shares=("warmup_ratio", "min_lr_rate", "adam_beta2"))
     if cfg.ranks and not cfg.dry_run:
         raise ValueError(f"--ranks {cfg.ranks} is for a --dry_run; torchrun starts the ranks")
-    if cfg.adam_beta2 == 1:
-        raise ValueError("--adam_beta2 1.0 never forgets the first gradient; choose below 1")
     if cfg.report_to != "none" and importlib.util.find_spec(cfg.report_to) is None:
         raise ValueError(f"--report_to {cfg.report_to}: pip install {cfg.report_to} first")
 

@@ -263,7 +263,7 @@ def group_section(group, text_of):
     if len(different) > shown:
         note = f"<p>{shown} of {len(different)} different answers, evenly over the ranks.</p>"
     if group.collapsed:
-        note += "<p>All rewards are equal: every advantage is 0, the group teaches nothing.</p>"
+        note += "<p>All rewards are equal: every advantage is 0; only a KL term has a gradient.</p>"
     problem = group.answers[0]["problem"]
     return f"""
 <details class="group"{" open" if "most mixed" in group.labels else ""}>
