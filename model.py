@@ -50,7 +50,6 @@ from torch.utils._pytree import tree_iter
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of one collective of the mesh: none takes a minute
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 
 
 def flag(default, text):
@@ -396,10 +395,9 @@ def setup_distributed(timeout_minutes=30.0, shard_size=0, needs_gpu=True):
     if world_size % shard_size:
         raise ValueError(f"--shard_size {shard_size} does not divide the {world_size} ranks; "
                          "choose a divisor, or 0 for all")
-    libc = ctypes.CDLL(None)
     if "RANK" in os.environ:
         # kill -9 of torchrun must not leave ranks training: they get SIGTERM, save and exit.
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # A torchrun killed before that sends no signal, but its port is closed: do not wait for it.
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -414,9 +412,6 @@ def setup_distributed(timeout_minutes=30.0, shard_size=0, needs_gpu=True):
         device, backend = torch.device("cpu"), "gloo"
         # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle; all of them would be too many.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
-        # Freed memory is kept: to give it back and fault it in again costs 6% of a step.
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     timeout = timedelta(minutes=timeout_minutes)
     collective_timeout = min(timeout, COLLECTIVE_TIMEOUT)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
